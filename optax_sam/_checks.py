@@ -1,0 +1,145 @@
+"""Checks of arguments, each an error that names the argument, what was got and what is right."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import jax
+import numpy as np
+
+
+def number(
+    name: str,
+    value: Any,
+    *,
+    low: float = -np.inf,
+    high: float = np.inf,
+    above: bool = False,
+    below: bool = False,
+    integer: bool = False,
+) -> None:
+    """Refuses what is not a number in the range; lets traced values and arrays through.
+
+    Args:
+      name: The argument's name, for the message.
+      value: What the caller passed.
+      low: The least value; `above` excludes it.
+      high: The largest value; `below` excludes it.
+      above: Whether the value must be strictly above `low`.
+      below: Whether the value must be strictly below `high`.
+      integer: Whether only whole numbers will do.
+    """
+    if isinstance(value, jax.Array):  # Perhaps traced, as under `optax.inject_hyperparams`.
+        return
+    kind = "an integer" if integer else "a number"
+    if isinstance(value, np.ndarray | np.generic) and np.ndim(value) == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        msg = f"`{name}` must be {kind}, got {value!r} of type {type(value).__name__}."
+        raise TypeError(msg)
+    whole = not integer or float(value).is_integer()
+    inside = (value > low if above else value >= low) and (value < high if below else value <= high)
+    # A number that is not finite is never inside, not even where the range has no end.
+    if not (whole and inside and np.isfinite(value)):
+        left, right = "(" if above or low == -np.inf else "[", ")" if below or high == np.inf else "]"
+        msg = f"`{name}` must be {kind} in the range {left}{low}, {high}{right}, got {value!r}."
+        raise ValueError(msg)
+
+
+def scalar_or_schedule(name: str, value: Any, *, low: float = 0.0, high: float = np.inf) -> None:
+    """As `number`, but a schedule (any callable of the step) passes."""
+    if callable(value):
+        return
+    if not isinstance(value, jax.Array | np.ndarray | np.generic | int | float) or isinstance(value, bool):
+        msg = (
+            f"`{name}` must be a number or a schedule (a function of the step), "
+            f"got {value!r} of type {type(value).__name__}."
+        )
+        raise TypeError(msg)
+    number(name, value, low=low, high=high)
+
+
+def choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Refuses what is not one of the names."""
+    if value not in choices:
+        listed = ", ".join(repr(c) for c in choices)
+        msg = f"`{name}` must be one of {listed}, got {value!r}."
+        raise ValueError(msg)
+
+
+def params(tree: Any) -> None:
+    """Refuses params that a perturbation cannot move: anything but floating-point arrays."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        dtype = getattr(leaf, "dtype", None)
+        where = jax.tree_util.keystr(path) or "the only leaf"
+        if dtype is None:
+            if isinstance(leaf, float):
+                continue
+            msg = (
+                f"params must hold floating-point arrays, got {leaf!r} of type {type(leaf).__name__} "
+                f"at {where}. Keep it out of params: pass it to the loss as another argument."
+            )
+            raise TypeError(msg)
+        if not jax.numpy.issubdtype(dtype, np.floating):
+            advice = (
+                "split it into a real and an imaginary leaf and join them in the loss"
+                if jax.numpy.issubdtype(dtype, np.complexfloating)
+                else "pass it to the loss as another argument, outside params"
+            )
+            msg = f"params must be floating-point, got dtype {dtype} at {where}: {advice}."
+            raise TypeError(msg)
+
+
+def same_shapes(name: str, tree: Any, params: Any) -> None:
+    """Refuses a tree whose structure or shapes are not those of params."""
+    if jax.tree.structure(tree) != jax.tree.structure(params):
+        msg = (
+            f"{name} must have the structure of params, got\n  {jax.tree.structure(tree)}\n"
+            f"where params have\n  {jax.tree.structure(params)}."
+        )
+        raise ValueError(msg)
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    for (path, leaf), like in zip(leaves, jax.tree.leaves(params), strict=True):
+        if np.shape(leaf) != np.shape(like):
+            msg = (
+                f"{name} must have the shapes of params, got {np.shape(leaf)} at "
+                f"{jax.tree_util.keystr(path) or 'the only leaf'}, where params have {np.shape(like)}."
+            )
+            raise ValueError(msg)
+
+
+def optimizer(name: str, value: Any) -> None:
+    """Refuses what is not an Optax transformation."""
+    if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
+        msg = (
+            f"`{name}` must be an Optax optimizer such as `optax.sgd(0.1)`, got {value!r} of type "
+            f"{type(value).__name__}."
+        )
+        raise TypeError(msg)
+
+
+def numbers(name: str, value: Any, count: int, *, low: float = -np.inf, schedules: bool = False) -> None:
+    """Refuses what is not a sequence of so many numbers (or schedules, where these are allowed)."""
+    if not isinstance(value, tuple | list) or len(cast("Sequence[Any]", value)) != count:
+        msg = f"`{name}` must be a tuple of {count} numbers, got {value!r}."
+        raise ValueError(msg)
+    for i, entry in enumerate(cast("Sequence[Any]", value)):
+        if schedules:
+            scalar_or_schedule(f"{name}[{i}]", entry, low=low)
+        else:
+            number(f"{name}[{i}]", entry, low=low)
+
+
+def key(name: str, value: Any) -> jax.Array:
+    """The random key that an integer seed, a typed or a raw key stands for."""
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        return jax.random.key(int(value))
+    if isinstance(value, jax.Array | np.ndarray):
+        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key) and value.shape == ():
+            return cast("jax.Array", value)
+        if value.dtype == np.uint32 and value.ndim == 1:
+            return jax.random.wrap_key_data(jax.numpy.asarray(value))
+    msg = (
+        f"`{name}` must be a random key such as `jax.random.key(0)`, or an integer seed, got {value!r} of type "
+        f"{type(value).__name__}."
+    )
+    raise TypeError(msg)

@@ -1,0 +1,199 @@
+"""Parts of a batch: shards, each with a perturbation of its own, and microbatches, which save memory."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_sam import _checks, _tree
+from optax_sam._objective import Evaluation, Objective, varying
+from optax_sam._transformation import Evaluate, SAMState
+
+GradientAt = Callable[[optax.Params, Sequence[Any]], tuple[tuple[jax.Array, Any], optax.Updates]]
+"""`(params, batch) -> ((value, aux), gradient)`, where batch holds the batch arguments in order."""
+
+
+class Split(NamedTuple):
+    """How the batch is taken apart.
+
+    Attributes:
+      num_shards: How many perturbations, or None for one of the whole batch.
+      rounds: In how many rounds the shards run.
+      microbatch_size: Examples at once in one gradient, or None for all.
+      positions: Positions of the batch arguments, empty if nothing is split.
+    """
+
+    num_shards: int | None
+    rounds: int
+    microbatch_size: int | None
+    positions: tuple[int, ...]
+
+
+def make_split(
+    num_shards: int | None,
+    shard_mode: str | int,
+    microbatch_size: int | None,
+    batch_argnums: int | Sequence[int] | None,
+    argnums: Sequence[int],
+) -> Split:
+    """The split that the arguments of `sam_value_and_grad` ask for, or an error."""
+    for name, size in (("num_shards", num_shards), ("microbatch_size", microbatch_size)):
+        if size is None:
+            continue
+        _checks.number(name, size, low=1, integer=True)
+        if batch_argnums is None:
+            msg = (
+                f"`{name}={size}` needs `batch_argnums=`: which positional arguments of the loss are batches, "
+                "such as `batch_argnums=1` for `loss(params, batch)`."
+            )
+            raise ValueError(msg)
+    if isinstance(shard_mode, str):
+        _checks.choice("shard_mode", shard_mode, ("vmap", "loop"))
+        rounds = 1 if shard_mode == "vmap" else num_shards or 1
+    else:
+        _checks.number("shard_mode", shard_mode, low=1, integer=True)
+        rounds = shard_mode
+        if num_shards is not None and num_shards % rounds:
+            msg = f"`shard_mode={rounds}` rounds do not divide `num_shards={num_shards}`."
+            raise ValueError(msg)
+    if num_shards is None and microbatch_size is None:
+        return Split(None, 1, None, ())
+    positions = (batch_argnums,) if isinstance(batch_argnums, int) else tuple(batch_argnums or ())
+    if not positions or set(positions) & set(argnums) or min(positions) < 0:
+        msg = (
+            f"`batch_argnums` must name positional arguments other than params (`argnums`), got {batch_argnums} "
+            f"with `argnums` {tuple(argnums)}."
+        )
+        raise ValueError(msg)
+    return Split(num_shards, rounds, microbatch_size, positions)
+
+
+def _batch_size(batch: Sequence[Any]) -> int:
+    sizes: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tuple(batch)):
+        where = f"batch argument {jax.tree_util.keystr(path)}"
+        if not np.shape(leaf):
+            msg = (
+                "Every leaf of a batch argument must be an array whose first axis counts examples, got "
+                f"{leaf!r} at {where}. Pass what is not a batch in an argument of its own."
+            )
+            raise ValueError(msg)
+        sizes[where] = np.shape(leaf)[0]
+    if len(set(sizes.values())) != 1:
+        msg = f"The batch arguments must agree in the number of examples, got {sizes or 'no arrays'}."
+        raise ValueError(msg)
+    return next(iter(sizes.values()))
+
+
+def _is_mean(path: Any, leaf: Any) -> bool:
+    """Whether a leaf of aux is averaged over the parts (floats) or summed (integers)."""
+    if jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return True
+    if jnp.issubdtype(leaf.dtype, jnp.integer):
+        return False
+    msg = (
+        f"aux{jax.tree_util.keystr(path)} has dtype {leaf.dtype}: over shards and microbatches floats are "
+        "averaged and integers summed. Return it as one of these."
+    )
+    raise TypeError(msg)
+
+
+def _accumulated(gradient_at: GradientAt, size: int) -> GradientAt:
+    """The gradient function in the memory of a microbatch."""
+
+    def precise(params: optax.Params, batch: Sequence[Any]) -> Any:
+        (value, aux), gradient = gradient_at(params, batch)
+        return (_tree.upcast(value), aux), _tree.upcast(gradient)
+
+    def accumulated(params: optax.Params, batch: Sequence[Any]) -> Any:
+        batch = tuple(batch)
+        total = _batch_size(batch)
+        if total % size:
+            msg = f"`microbatch_size={size}` does not divide the batch of {total} examples."
+            raise ValueError(msg)
+        first = jax.tree.map(lambda x: x[:size], batch)
+        (_, aux), _ = jax.eval_shape(precise, params, first)
+        mean, added = optax.microbatching.AccumulationType.MEAN, optax.microbatching.AccumulationType.SUM
+        rules = jax.tree_util.tree_map_with_path(lambda p, x: mean if _is_mean(p, x) else added, aux)
+        run = optax.microbatch(precise, argnums=1, microbatch_size=size, accumulator=((mean, rules), mean))
+        (value, aux), gradient = run(params, batch)
+        return (value, aux), _tree.cast_like(gradient, params)
+
+    return accumulated
+
+
+def evaluate(
+    split: Split,
+    rule: Evaluate,
+    gradient_at: GradientAt,
+    objective: Objective,
+    params: optax.Params,
+    state: SAMState,
+    batch: Sequence[Any],
+) -> tuple[Evaluation, Any]:
+    """Runs the rule on the batch, or on each shard of it, and averages.
+
+    Args:
+      split: How the batch is taken apart.
+      rule: The variant's evaluation rule.
+      gradient_at: The user's loss and its gradient.
+      objective: Everything about the objective but its gradient function.
+      params: The params.
+      state: The variant's state.
+      batch: The batch arguments.
+
+    Returns:
+      The evaluation of the whole batch, and aux.
+    """
+    if split.microbatch_size is not None:
+        gradient_at = _accumulated(gradient_at, split.microbatch_size)
+
+    def run(objective: Objective, batch: Sequence[Any]) -> tuple[Evaluation, Any]:
+        return rule(objective.on(lambda w: gradient_at(w, batch)), params, state)
+
+    if split.num_shards is None:
+        return run(objective, batch)
+
+    total, count, rounds = _batch_size(batch), split.num_shards, split.rounds
+    if total % count:
+        msg = f"`num_shards={count}` does not divide the batch of {total} examples."
+        raise ValueError(msg)
+    together = count // rounds
+
+    def cut(x: Any) -> jax.Array:
+        # Shards are contiguous; those of one round lie `rounds` apart, so that a batch that is
+        # sharded over `together` devices keeps one shard of each round on each of them.
+        return jnp.reshape(x, (together, rounds, total // count, *np.shape(x)[1:]))
+
+    shards = jax.tree.map(cut, tuple(batch))
+    numbers = jnp.arange(count).reshape(together, rounds)
+
+    def one_round(numbers: jax.Array, shards: Sequence[Any]) -> tuple[Evaluation, Any]:
+        """The sums over the shards of a round."""
+
+        def one(number: jax.Array, shard: Sequence[Any]) -> tuple[Evaluation, Any]:
+            # The average over devices is taken once, of the averages over shards.
+            return run(objective.on_shard(number, count), shard)
+
+        if together == 1:
+            return one(numbers[0], jax.tree.map(lambda x: x[0], shards))
+        return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(one)(numbers, shards))
+
+    if rounds == 1:
+        sums = one_round(numbers[:, 0], jax.tree.map(lambda x: x[:, 0], shards))
+    else:
+        by_round = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (numbers, shards))
+        like = jax.eval_shape(one_round, *jax.tree.map(lambda x: x[0], by_round))
+        zeros = varying(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), objective.axis_name)
+
+        def step(sums: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, one_round(*part)), None
+
+        sums, _ = jax.lax.scan(step, zeros, by_round)
+    evaluation, aux = sums
+    evaluation = objective.average(jax.tree.map(lambda x: (x / count).astype(x.dtype), evaluation))
+    mean = jax.tree_util.tree_map_with_path(lambda p, x: x / count if _is_mean(p, x) else x, aux)
+    return evaluation, mean

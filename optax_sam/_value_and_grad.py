@@ -1,0 +1,239 @@
+"""`sam_value_and_grad`: evaluates what a variant needs, as `jax.value_and_grad` evaluates a gradient."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from optax_sam import _checks, _shards, _tree
+from optax_sam._objective import AxisName, Evaluation, Objective, varying
+from optax_sam._transformation import SharpnessAwareTransformation, find_state
+
+
+class SAMMetrics(NamedTuple):
+    """What a run should log about its sharpness-aware steps: scalars in float32 or better.
+
+    Attributes:
+      loss: The clean loss.
+      perturbed_loss: The loss at the perturbed point; NaN for a variant that does not visit one.
+      sharpness: Their difference, the estimate of sharpness that comes for free.
+      clean_norm: Norm of the clean gradient.
+      perturbed_norm: Norm of the perturbed gradient.
+      cosine: Cosine of the angle between the two.
+      perturbation_norm: Norm of the perturbation that was really applied: below rho where rounding to
+        the dtype of params swallowed some of it, 0 in a step that was not perturbed. The mean over
+        shards where each has its own.
+      rho: The radius in force.
+    """
+
+    loss: jax.Array
+    perturbed_loss: jax.Array
+    sharpness: jax.Array
+    clean_norm: jax.Array
+    perturbed_norm: jax.Array
+    cosine: jax.Array
+    perturbation_norm: jax.Array
+    rho: jax.Array
+
+
+def _metrics(evaluation: Evaluation, rho: jax.Array) -> SAMMetrics:
+    clean, perturbed, _ = evaluation.gradients
+    value, perturbed_value = _tree.upcast((evaluation.value, evaluation.perturbed_value))
+    return SAMMetrics(
+        loss=value,
+        perturbed_loss=perturbed_value,
+        sharpness=perturbed_value - value,
+        clean_norm=_tree.norm(clean),
+        perturbed_norm=_tree.norm(perturbed),
+        cosine=_tree.cosine(clean, perturbed),
+        perturbation_norm=evaluation.displacement,
+        rho=rho,
+    )
+
+
+def _trace_once(function: Callable[..., Any], *trees: Any) -> Callable[..., Any]:
+    """The function, such that all calls of it within one trace share one trace of the user's loss.
+
+    Outside of a trace every call runs as it stands, operation by operation.
+    """
+    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees)):
+        return function
+    constants: dict[int, Any] = {}
+    structures: list[Any] = []
+
+    def arrays_only(*args: Any) -> list[Any]:
+        # aux may hold strings and the like, which `jit` would not return.
+        leaves, structure = jax.tree.flatten(function(*args))
+        constants.update({i: x for i, x in enumerate(leaves) if not isinstance(x, jax.Array | np.ndarray | np.generic)})
+        structures.append(structure)
+        return [x for i, x in enumerate(leaves) if i not in constants]
+
+    traced = jax.jit(arrays_only, inline=True)
+
+    def once(*args: Any) -> Any:
+        arrays = iter(traced(*args))
+        structure = structures[-1]
+        leaves = [constants[i] if i in constants else next(arrays) for i in range(structure.num_leaves)]
+        return jax.tree.unflatten(structure, leaves)
+
+    return once
+
+
+def sam_value_and_grad(
+    fun: Callable[..., Any],
+    variant: SharpnessAwareTransformation,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    return_metrics: bool = False,
+    axis_name: AxisName | None = None,
+    perturbation: str = "global",
+    num_shards: int | None = None,
+    shard_mode: str | int = "vmap",
+    microbatch_size: int | None = None,
+    batch_argnums: int | Sequence[int] | None = None,
+) -> Callable[..., Any]:
+    r"""Like `jax.value_and_grad`, for a sharpness-aware variant.
+
+    Args:
+      fun: The loss: a function that returns a scalar, or a pair `(scalar, aux)`.
+      variant: The bare variant, e.g. `optax_sam.sam(0.05)`; not the chain that contains it.
+      argnums: Which positional argument holds the params, or which ones do. With several, params are
+        their tuple, and the optimizer's state must have been made from that tuple.
+      has_aux: Whether `fun` returns a pair.
+      return_metrics: Whether to return `SAMMetrics` as a third output.
+      axis_name: Inside `jax.pmap` or `jax.shard_map`, the name of the axis (or axes) over which the
+        batch is spread. Value, gradients and metrics come back averaged over it, aux as the
+        device has it.
+      perturbation: With `axis_name`: "global" perturbs by the gradient of the whole batch (two
+        all-reduces a step), "local" by that of each device's part (one all-reduce; m-sharpness).
+      num_shards: Splits the batch arguments into so many contiguous shards along their first axis,
+        each with a perturbation of its own (m-sharpness without devices).
+      shard_mode: How the shards run: "vmap" (all at once), "loop" (one after the other, in the memory
+        of one), or how many rounds to take, with `num_shards / rounds` shards at once. Under `jit`
+        with a batch sharded over n devices take "vmap" or `num_shards // n` rounds.
+      microbatch_size: Accumulates every gradient over microbatches of so many examples, by
+        `optax.microbatch`: the step of the full batch in the memory of a microbatch.
+      batch_argnums: Which positional arguments are batches: pytrees of arrays whose first axis counts
+        examples. Needed for `num_shards` and `microbatch_size`; the loss must be a mean over examples.
+
+    Returns:
+      A function `(*args, state, loss_scale=None, **kwargs)` that takes the arguments of `fun`, the
+      optimizer's state by keyword, and perhaps a factor by which the loss is multiplied while it is
+      differentiated (for half precision) and which is divided out again. It returns `(value, grads)`
+      or `((value, aux), grads)`, and metrics after that; `grads` are `SAMGradients` in the shapes of
+      params. Value and aux are of the clean pass; the perturbed pass sees the same arguments and its
+      aux is dropped. With shards or microbatches the floating-point leaves of aux are averaged and
+      its integer leaves are summed. Inside a `jit` the loss is traced once.
+
+    Raises:
+      TypeError: If `variant` is not a variant, or params are not floating-point arrays.
+      ValueError: If `state` holds none or several variants, or an argument is out of its range.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_sam
+      >>> loss = lambda w: (10 * w[0] ** 2 + w[1] ** 2) / 2
+      >>> sam = optax_sam.sam(rho=0.1)
+      >>> tx = optax.chain(sam, optax.sgd(0.05))
+      >>> params = jnp.array([1.0, 1.0])
+      >>> opt_state = tx.init(params)
+      >>> value, grads = optax_sam.sam_value_and_grad(loss, sam)(params, state=opt_state)
+      >>> print(f"{value:.1f}", [f"{x:.3f}" for x in grads.clean], [f"{x:.3f}" for x in grads.perturbed])
+      5.5 ['10.000', '1.000'] ['10.995', '1.010']
+      >>> updates, opt_state = tx.update(grads, opt_state, params)
+      >>> print([f"{x:.4f}" for x in optax.apply_updates(params, updates)])
+      ['0.4502', '0.9495']
+
+    References:
+      Foret et al., `Sharpness-Aware Minimization <https://arxiv.org/abs/2010.01412>`_, ICLR 2021,
+      section 4.1 for m-sharpness.
+    """
+    if not callable(fun):
+        msg = f"`fun` must be the loss, a function, got {type(fun).__name__}."
+        raise TypeError(msg)
+    if not isinstance(variant, SharpnessAwareTransformation):
+        msg = (
+            "`variant` must be the bare variant, such as `sam = optax_sam.sam(0.05)`, got "
+            f"{type(variant).__name__}. A chain, and any other wrapper, no longer knows what to evaluate: "
+            "pass `sam` here and `optax.chain(sam, optax.sgd(0.1))` to the training loop."
+        )
+        raise TypeError(msg)
+    _checks.choice("perturbation", perturbation, ("global", "local"))
+    if perturbation == "local" and axis_name is None and num_shards is None:
+        msg = (
+            "`perturbation='local'` needs `axis_name=`, the axis of a pmap or shard_map over devices. "
+            "Elsewhere write `num_shards=K, batch_argnums=...`."
+        )
+        raise ValueError(msg)
+    positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    split = _shards.make_split(num_shards, shard_mode, microbatch_size, batch_argnums, positions)
+
+    def value_and_grads(*args: Any, state: Any = None, loss_scale: Any = None, **kwargs: Any) -> Any:
+        if state is None:
+            msg = "`state=` is missing: pass the optimizer's state by keyword, `state=opt_state`."
+            raise TypeError(msg)
+        sam_state = find_state(state)
+        if max(positions, default=0) >= len(args):
+            msg = f"`argnums` is {argnums}, but only {len(args)} positional arguments were given."
+            raise TypeError(msg)
+        raw_params = args[argnums] if isinstance(argnums, int) else tuple(args[i] for i in positions)
+        _checks.params(raw_params)
+        _check_axis(axis_name)
+        params = varying(jax.tree.map(jnp.asarray, raw_params), axis_name)
+
+        def loss_and_grad(params: optax.Params, batch: Sequence[Any]) -> Any:
+            """One gradient, at any params and on any part of the batch."""
+
+            def loss(params: optax.Params) -> tuple[jax.Array, Any]:
+                filled = list(args)
+                for i, batch_argument in zip(split.positions, batch, strict=True):
+                    filled[i] = batch_argument
+                for i, value in zip(positions, [params] if isinstance(argnums, int) else params, strict=True):
+                    filled[i] = value
+                output = fun(*filled, **kwargs)
+                value, aux = output if has_aux else (output, None)
+                return (value if loss_scale is None else value * loss_scale), (value, aux)
+
+            (_, output), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+            if loss_scale is not None:
+                gradient = jax.tree.map(lambda g: g / loss_scale, _tree.upcast(gradient))
+            return output, gradient
+
+        evaluation, aux = _shards.evaluate(
+            split,
+            variant.evaluate,
+            _trace_once(loss_and_grad, args, kwargs, state, loss_scale),
+            Objective(
+                axis_name=axis_name,
+                share_ascent=axis_name is not None and perturbation == "global",
+                sharded_over=axis_name,
+                measure=return_metrics,
+            ),
+            params,
+            sam_state,
+            [args[i] for i in split.positions],
+        )
+        output = (evaluation.value, aux) if has_aux else evaluation.value
+        if return_metrics:
+            return output, evaluation.gradients, _metrics(evaluation, sam_state.rho)
+        return output, evaluation.gradients
+
+    return value_and_grads
+
+
+def _check_axis(axis_name: AxisName | None) -> None:
+    if axis_name is None:
+        return
+    try:
+        jax.lax.axis_index(axis_name)
+    except NameError as error:
+        msg = (
+            f"`axis_name` is {axis_name!r}, but no such axis is bound here. Call the function inside "
+            f"`jax.pmap(..., axis_name={axis_name!r})` or `jax.shard_map` over a mesh with that axis; under "
+            "plain `jit` leave `axis_name` out."
+        )
+        raise ValueError(msg) from error

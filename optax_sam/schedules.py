@@ -1,0 +1,70 @@
+"""Schedules of the radius. Any Optax schedule is one too, such as
+`optax.warmup_constant_schedule(0.0, 0.05, 500)`; these are the ones that Optax lacks."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_sam import _checks
+
+
+def rho_from_learning_rate(
+    learning_rate: optax.Schedule,
+    rho_max: float,
+    rho_min: float = 0.0,
+    *,
+    lr_max: float,
+    lr_min: float = 0.0,
+    clip: bool = True,
+) -> optax.Schedule:
+    r"""A radius that follows the learning rate (GSAM).
+
+    .. math::
+      \rho_t = \rho_\min + (\rho_\max - \rho_\min)
+      \frac{\mathrm{lr}_t - \mathrm{lr}_\min}{\mathrm{lr}_\max - \mathrm{lr}_\min}
+
+    Args:
+      learning_rate: The schedule of the learning rate.
+      rho_max: The radius at `lr_max`; >= `rho_min`. Also the constant radius if `lr_max == lr_min`.
+      rho_min: The radius at `lr_min`; >= 0.
+      lr_max: The largest learning rate.
+      lr_min: The smallest learning rate, that of the end of training.
+      clip: Whether to keep the radius between `rho_min` and `rho_max`. Without, as in the published
+        code, a warm-up from below `lr_min` gives a smaller and even a negative radius.
+
+    Returns:
+      A schedule: a function of the step.
+
+    Raises:
+      ValueError: If an argument is out of its range.
+
+    Examples:
+      >>> import optax, optax_sam
+      >>> learning_rate = optax.cosine_decay_schedule(0.1, 100)
+      >>> rho = optax_sam.schedules.rho_from_learning_rate(learning_rate, 0.6, 0.1, lr_max=0.1)
+      >>> print([f"{rho(step):.2f}" for step in (0, 50, 100)])
+      ['0.60', '0.35', '0.10']
+
+    References:
+      Zhuang et al., `Surrogate Gap Guided Sharpness-Aware Minimization
+      <https://arxiv.org/abs/2203.08065>`_, ICLR 2022; clipped, which the published code is not.
+    """
+    if not callable(learning_rate):
+        msg = (
+            f"`learning_rate` must be a schedule, a function of the step, got {learning_rate!r}. With a constant "
+            "learning rate the radius is constant: write `rho=` as a number."
+        )
+        raise TypeError(msg)
+    _checks.number("rho_min", rho_min, low=0.0)
+    _checks.number("rho_max", rho_max, low=rho_min)
+    _checks.number("lr_min", lr_min, low=0.0)
+    _checks.number("lr_max", lr_max, low=lr_min)
+
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+        if lr_max == lr_min:
+            return jnp.asarray(rho_max)
+        fraction = (jnp.asarray(learning_rate(step)) - lr_min) / (lr_max - lr_min)
+        rho = rho_min + (rho_max - rho_min) * fraction
+        return jnp.clip(rho, rho_min, rho_max) if clip else rho
+
+    return schedule

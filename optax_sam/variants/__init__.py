@@ -1,0 +1,1 @@
+"""The variants: one paper, one file."""
