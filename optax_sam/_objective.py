@@ -123,7 +123,9 @@ class Objective:
 
     def on_shard(self, number: Any, num_shards: int) -> "Objective":
         """The same for one shard of several, which leaves the average over devices to others."""
-        return dataclasses.replace(self, axis_name=None, share_ascent=False, shard=number, num_shards=num_shards)
+        return dataclasses.replace(
+            self, axis_name=None, share_ascent=False, shard=number, num_shards=num_shards
+        )
 
     def average(self, tree: Any) -> Any:
         """The average over devices, where there are any."""

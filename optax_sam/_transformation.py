@@ -108,7 +108,9 @@ def is_pair(updates: Any, params: Any = None) -> bool:
     return "clean" in keys and keys <= set(SAMGradients._fields) and keys != params_keys
 
 
-def as_pair(updates: Any, clean_updates: Any = None, statistics: Any = None, params: Any = None) -> SAMGradients:
+def as_pair(
+    updates: Any, clean_updates: Any = None, statistics: Any = None, params: Any = None
+) -> SAMGradients:
     """The pair, whichever door it came through.
 
     Args:
@@ -228,7 +230,9 @@ def sharpness_aware(
         **extra_args: Any,
     ) -> tuple[optax.Updates, SAMState]:
         given = as_pair(updates, clean_updates, statistics, params)
-        _checks.same_shapes("The perturbed gradient", given.perturbed, given.clean if params is None else params)
+        _checks.same_shapes(
+            "The perturbed gradient", given.perturbed, given.clean if params is None else params
+        )
         _checks.same_shapes("The clean gradient", given.clean, given.perturbed)
         gradients = SAMGradients(*_tree.upcast(tuple(given)))
         if descent is None:

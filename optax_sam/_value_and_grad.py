@@ -68,7 +68,9 @@ def _trace_once(function: Callable[..., Any], *trees: Any) -> Callable[..., Any]
     def arrays_only(*args: Any) -> list[Any]:
         # aux may hold strings and the like, which `jit` would not return.
         leaves, structure = jax.tree.flatten(function(*args))
-        constants.update({i: x for i, x in enumerate(leaves) if not isinstance(x, jax.Array | np.ndarray | np.generic)})
+        constants.update(
+            {i: x for i, x in enumerate(leaves) if not isinstance(x, jax.Array | np.ndarray | np.generic)}
+        )
         structures.append(structure)
         return [x for i, x in enumerate(leaves) if i not in constants]
 

@@ -309,7 +309,9 @@ def centralize(tree: Any, output_axis: int = -1) -> Any:
     return jax.tree.map(subtract_mean, tree)
 
 
-def centralized(rule: Ascent | None = None, *, output_axis: int = -1, legacy_norm: bool = False) -> AscentRule:
+def centralized(
+    rule: Ascent | None = None, *, output_axis: int = -1, legacy_norm: bool = False
+) -> AscentRule:
     r"""Applies another rule to the centralized gradient.
 
     .. math:: \epsilon = \mathrm{rule}(\mathrm{GC}(g), \rho, w)

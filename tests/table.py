@@ -1,0 +1,196 @@
+"""The one table of variants. Generic tests run over every row and choose by its fields, never by name."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import optax_sam
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One configuration of a public constructor."""
+
+    name: str
+    constructor: Callable[..., Any]
+    kwargs: dict[str, Any]
+    # A whole optimizer returns updates; the others return a direction for `optax.sgd` and its like.
+    whole_optimizer: bool = False
+    # Gradient evaluations in the steps 0, 1, 2, ... of one period.
+    evaluations: tuple[int, ...] = (2,)
+    # What is remembered, in copies of params.
+    memory_copies: int = 0
+    # Whether rho = 0 gives the base optimizer, or in place of it what.
+    base_at_zero: bool = True
+    # Arguments that `optax.inject_hyperparams` must leave alone: they decide the shape of the program.
+    static_args: tuple[str, ...] = ()
+    # The name of the radius.
+    radius: str = "rho"
+    # Whether the direction scales with the loss.
+    scale_invariant: bool = True
+
+    def make(self, **overrides: Any) -> Any:
+        """The variant of this row, with some arguments replaced."""
+        return self.constructor(**{**self.kwargs, **overrides})
+
+    def optimizer(
+        self, base: optax.GradientTransformation | None = None, **overrides: Any
+    ) -> tuple[Any, Any]:
+        """The variant, and the optimizer that contains it."""
+        variant = self.make(**overrides)
+        if self.whole_optimizer:
+            return variant, variant
+        return variant, optax.chain(variant, optax.sgd(0.1, momentum=0.9) if base is None else base)
+
+
+def _row(
+    name: str, constructor: Callable[..., Any], *, kwargs: dict[str, Any] | None = None, **fields: Any
+) -> Row:
+    return Row(name, constructor, kwargs or {}, **fields)
+
+
+_ASCENT = optax_sam.ascent
+
+ROWS = (
+    _row("sam", optax_sam.sam, kwargs={"rho": 0.1}),
+    _row(
+        "sam_inf",
+        optax_sam.sam,
+        kwargs={"rho": 0.01, "ascent": _ASCENT.normalized(jnp.inf)},
+        static_args=("ascent",),
+    ),
+    _row("sam_pgd", optax_sam.sam, kwargs={"rho": 0.1, "steps": 3}, evaluations=(4,), static_args=("steps",)),
+    _row(
+        "sam_split",
+        optax_sam.sam,
+        kwargs={"rho": 0.1, "steps": 2, "step_mode": "split"},
+        evaluations=(3,),
+        static_args=("steps",),
+    ),
+    _row(
+        "sam_free",
+        optax_sam.sam,
+        kwargs={"rho": 0.1, "steps": 2, "step_mode": "free"},
+        evaluations=(3,),
+        static_args=("steps",),
+    ),
+    _row(
+        "usam",
+        optax_sam.sam,
+        kwargs={"rho": 0.01, "ascent": _ASCENT.unnormalized()},
+        static_args=("ascent",),
+        scale_invariant=False,
+    ),
+    _row("asam", optax_sam.asam, kwargs={"rho": 0.5}),
+    _row("gcsam", optax_sam.gcsam, kwargs={"rho": 0.1}, base_at_zero=False),
+    _row("gcsam_ascent_only", optax_sam.gcsam, kwargs={"rho": 0.1, "centralize_descent": False}),
+    _row("gsam", optax_sam.gsam, kwargs={"rho": 0.1, "alpha": 0.4}),
+    _row("gsam_clean", optax_sam.gsam, kwargs={"rho": 0.1, "alpha": 0.4, "objective": "clean"}),
+    _row("wsam", optax_sam.wsam, kwargs={"rho": 0.1, "gamma": 0.8}),
+    _row(
+        "sagm",
+        optax_sam.wsam,
+        kwargs={"rho": 0.05, "alpha": 0.5, "ascent": _ASCENT.extrapolated(0.001)},
+        static_args=("ascent",),
+        base_at_zero=False,
+        scale_invariant=False,
+    ),
+    _row(
+        "decoupled_wsam",
+        optax_sam.decoupled_wsam,
+        kwargs={
+            "base_optimizer": optax.sgd(0.1, momentum=0.9),
+            "learning_rate": 0.1,
+            "rho": 0.1,
+            "gamma": 0.6,
+        },
+        whole_optimizer=True,
+        memory_copies=1,
+        static_args=("base_optimizer",),
+    ),
+    _row(
+        "bsam",
+        optax_sam.bsam,
+        kwargs={"learning_rate": 0.1, "num_data": 100, "rho": 0.05, "key": 3},
+        whole_optimizer=True,
+        memory_copies=2,
+        base_at_zero=False,
+        static_args=("key",),
+        scale_invariant=False,
+    ),
+    _row(
+        "looksam", optax_sam.looksam, kwargs={"rho": 0.1, "k": 4}, evaluations=(2, 1, 1, 1), memory_copies=1
+    ),
+    _row(
+        "looksam_per_leaf",
+        optax_sam.looksam,
+        kwargs={"rho": 0.1, "k": 2, "per_leaf": True},
+        evaluations=(2, 1),
+        memory_copies=1,
+    ),
+    _row(
+        "same",
+        optax_sam.same,
+        kwargs={"rho": 0.1, "gains": (2.0, 0.5, 1.5, 0.0), "clean_gains": (0.0, 0.5, 0.0, 1.0)},
+    ),
+    _row("custom_same", optax_sam.custom_same, kwargs={"rho": 0.1, "condition": 2.0}),
+    _row("saner", optax_sam.saner, kwargs={"rho": 0.1, "keep": 0.5}),
+    # One gradient and one Hessian-vector product: the loss is entered twice.
+    _row("hessian_sam", optax_sam.hessian_sam, kwargs={"rho": 0.1}),
+    _row(
+        "hessian_sam_raw",
+        optax_sam.hessian_sam,
+        kwargs={"rho": 0.1, "normalize": False},
+        scale_invariant=False,
+    ),
+    _row(
+        "hessian_sam_difference",
+        optax_sam.hessian_sam,
+        kwargs={"rho": 0.1, "difference": 0.01},
+        static_args=("difference",),
+    ),
+    _row(
+        "extragradient",
+        optax_sam.extragradient,
+        kwargs={"step_size": 0.01},
+        base_at_zero=False,
+        radius="step_size",
+        scale_invariant=False,
+    ),
+    _row(
+        "extragradient_ahead",
+        optax_sam.extragradient,
+        kwargs={"step_size": 0.01, "weights": (0.0, 1.0)},
+        radius="step_size",
+        scale_invariant=False,
+    ),
+)
+
+BY_NAME = {row.name: row for row in ROWS}
+
+
+def params(dtype: Any = jnp.float32, seed: int = 0) -> dict[str, Any]:
+    """Params of several leaves and ranks."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return {
+        "layer": {
+            "kernel": jax.random.normal(keys[0], (3, 4), jnp.float32).astype(dtype),
+            "bias": jax.random.normal(keys[1], (4,), jnp.float32).astype(dtype),
+        },
+        "scale": jax.random.normal(keys[2], (), jnp.float32).astype(dtype),
+    }
+
+
+def loss(params: Any, batch: Any) -> jax.Array:
+    """A loss that is neither quadratic nor separable, and that sees every leaf; the mean over a batch."""
+    hidden = jnp.tanh(batch @ params["layer"]["kernel"] + params["layer"]["bias"])
+    return jnp.mean(jnp.sum(jnp.exp(0.3 * hidden) * params["scale"], axis=-1) ** 2)
+
+
+def batch(size: int = 8, dtype: Any = jnp.float32, seed: int = 1) -> jax.Array:
+    """Examples for `loss`."""
+    return jax.random.normal(jax.random.key(seed), (size, 3), jnp.float32).astype(dtype)
