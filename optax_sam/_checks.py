@@ -139,7 +139,7 @@ def key(name: str, value: Any) -> jax.Array:
         if value.dtype == np.uint32 and value.ndim == 1:
             return jax.random.wrap_key_data(jax.numpy.asarray(value))
     msg = (
-        f"`{name}` must be a random key such as `jax.random.key(0)`, or an integer seed, got {value!r} of type "
-        f"{type(value).__name__}."
+        f"`{name}` must be a random key such as `jax.random.key(0)`, or an integer seed, "
+        f"got {value!r} of type {type(value).__name__}."
     )
     raise TypeError(msg)

@@ -46,8 +46,8 @@ def make_split(
         _checks.number(name, size, low=1, integer=True)
         if batch_argnums is None:
             msg = (
-                f"`{name}={size}` needs `batch_argnums=`: which positional arguments of the loss are batches, "
-                "such as `batch_argnums=1` for `loss(params, batch)`."
+                f"`{name}={size}` needs `batch_argnums=`: which positional arguments of the loss are "
+                "batches, such as `batch_argnums=1` for `loss(params, batch)`."
             )
             raise ValueError(msg)
     if isinstance(shard_mode, str):
@@ -64,8 +64,8 @@ def make_split(
     positions = (batch_argnums,) if isinstance(batch_argnums, int) else tuple(batch_argnums or ())
     if not positions or set(positions) & set(argnums) or min(positions) < 0:
         msg = (
-            f"`batch_argnums` must name positional arguments other than params (`argnums`), got {batch_argnums} "
-            f"with `argnums` {tuple(argnums)}."
+            "`batch_argnums` must name positional arguments other than params (`argnums`), "
+            f"got {batch_argnums} with `argnums` {tuple(argnums)}."
         )
         raise ValueError(msg)
     return Split(num_shards, rounds, microbatch_size, positions)

@@ -68,8 +68,8 @@ def find_state(state: optax.OptState) -> SAMState:
         raise ValueError(msg)
     if len(found) > 1:
         msg = (
-            f"`state` holds the states of {len(found)} sharpness-aware variants, and which one to evaluate is "
-            "not to be told. Use one variant in an optimizer; to perturb some leaves only, give it "
+            f"`state` holds the states of {len(found)} sharpness-aware variants, and which one to evaluate "
+            "is not to be told. Use one variant in an optimizer; to perturb some leaves only, give it "
             "`ascent=optax_sam.ascent.masked(...)`."
         )
         raise ValueError(msg)
@@ -230,10 +230,9 @@ def sharpness_aware(
         **extra_args: Any,
     ) -> tuple[optax.Updates, SAMState]:
         given = as_pair(updates, clean_updates, statistics, params)
-        _checks.same_shapes(
-            "The perturbed gradient", given.perturbed, given.clean if params is None else params
-        )
-        _checks.same_shapes("The clean gradient", given.clean, given.perturbed)
+        like = given.perturbed if params is None else params
+        _checks.same_shapes("The perturbed gradient", given.perturbed, like)
+        _checks.same_shapes("The clean gradient", given.clean, like)
         gradients = SAMGradients(*_tree.upcast(tuple(given)))
         if descent is None:
             direction, memory = gradients.perturbed, state.memory
@@ -244,6 +243,6 @@ def sharpness_aware(
             memory = optax.tree.where(_tree.all_finite(given), memory, state.memory)
         step = optax.safe_increment(state.step)
         new_state = SAMState(step, radius(rho, step, params, state.rho), memory)
-        return _tree.cast_like(direction, given.perturbed if params is None else params), new_state
+        return _tree.cast_like(direction, like), new_state
 
     return SharpnessAwareTransformation(init, update, rule)

@@ -1,5 +1,8 @@
-"""Schedules of the radius. Any Optax schedule is one too, such as
-`optax.warmup_constant_schedule(0.0, 0.05, 500)`; these are the ones that Optax lacks."""
+"""Schedules of the radius that Optax lacks.
+
+Any Optax schedule is a schedule of the radius too; `optax.warmup_constant_schedule(0.0, 0.05, 500)` warms
+it up.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +54,8 @@ def rho_from_learning_rate(
     """
     if not callable(learning_rate):
         msg = (
-            f"`learning_rate` must be a schedule, a function of the step, got {learning_rate!r}. With a constant "
-            "learning rate the radius is constant: write `rho=` as a number."
+            f"`learning_rate` must be a schedule, a function of the step, got {learning_rate!r}. With a "
+            "constant learning rate the radius is constant: write `rho=` as a number."
         )
         raise TypeError(msg)
     _checks.number("rho_min", rho_min, low=0.0)

@@ -37,7 +37,7 @@ def ire(
     r"""Speeds any optimizer up along the flattest coordinates.
 
     .. math:: \Delta w = (1 + \kappa\, n) \odot \mathrm{base}(g), \quad
-      n_i = 1 \text{ for the fraction } \gamma \text{ of coordinates with the smallest curvature } h_i = \bar g_i^2
+      n_i = 1 \text{ for the fraction } \gamma \text{ of coordinates with the smallest } h_i = \bar g_i^2
 
     Sharpness-aware drift lives in flat directions, which the boost accelerates while the sharp ones,
     which limit the learning rate, keep their step. What is boosted is the realized update: momentum,
@@ -137,7 +137,8 @@ def sampled_label_gradient(
 ) -> optax.Updates:
     r"""The gradient of the cross entropy with labels that the model draws itself.
 
-    .. math:: \bar g = \nabla \frac1B \sum_i -\log p_w(\hat y_i \mid x_i), \quad \hat y_i \sim p_w(\cdot \mid x_i)
+    .. math:: \bar g = \nabla \frac1B \sum_i -\log p_w(\hat y_i \mid x_i), \quad
+      \hat y_i \sim p_w(\cdot \mid x_i)
 
     Its square, times the batch size, is an unbiased estimate of the diagonal of the Fisher information:
     what `ire` takes as `curvature_updates=`.
@@ -158,7 +159,8 @@ def sampled_label_gradient(
     Examples:
       >>> import jax, jax.numpy as jnp, optax_sam
       >>> logits = lambda w, x: x @ w
-      >>> gradient = optax_sam.sampled_label_gradient(logits, jax.random.key(0), jnp.zeros((3, 2)), jnp.eye(3))
+      >>> key, params = jax.random.key(0), jnp.zeros((3, 2))
+      >>> gradient = optax_sam.sampled_label_gradient(logits, key, params, jnp.eye(3))
       >>> print([f"{abs(x):.3f}" for x in gradient.ravel()])
       ['0.167', '0.167', '0.167', '0.167', '0.167', '0.167']
 

@@ -70,7 +70,8 @@ def _climb(ascent: ascents.Ascent, steps: int, mode: str) -> Evaluate:
     if mode == "pgd" and length is None:
         msg = (
             "`step_mode='pgd'` projects to a ball, and this ascent rule has no norm to measure one. Write "
-            "`step_mode='split'` or `'free'`, or give the rule a norm: `optax_sam.ascent.AscentRule(rule, length)`."
+            "`step_mode='split'` or `'free'`, or give the rule a norm: "
+            "`optax_sam.ascent.AscentRule(rule, length)`."
         )
         raise ValueError(msg)
 

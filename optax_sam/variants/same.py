@@ -1,4 +1,4 @@
-"""The SAME family: gains on the coordinates that SAM amplifies, shrinks or flips (Luong, 2024; SANER, 2026)."""
+"""SAME and SANER: gains on the coordinates that SAM amplifies, shrinks or flips (Luong et al., 2024)."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -16,8 +16,8 @@ def _weight(gamma: Any, alpha: Any) -> optax.ScalarOrSchedule:
     if alpha is not None:
         if gamma is not None:
             msg = (
-                f"`gamma` and `alpha` are two names of one weight, alpha = gamma / (1 - gamma): give one of them, "
-                f"got gamma={gamma!r} and alpha={alpha!r}."
+                "`gamma` and `alpha` are two names of one weight, alpha = gamma / (1 - gamma): give one of "
+                f"them, got gamma={gamma!r} and alpha={alpha!r}."
             )
             raise ValueError(msg)
         _checks.scalar_or_schedule("alpha", alpha)
