@@ -134,7 +134,7 @@ def key(name: str, value: Any) -> jax.Array:
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
         return jax.random.key(int(value))
     if isinstance(value, jax.Array | np.ndarray):
-        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key) and value.shape == ():
+        if jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key) and value.shape == ():
             return cast("jax.Array", value)
         if value.dtype == np.uint32 and value.ndim == 1:
             return jax.random.wrap_key_data(jax.numpy.asarray(value))

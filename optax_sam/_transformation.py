@@ -81,7 +81,7 @@ def find_state(state: optax.OptState) -> SAMState:
     return sam_state
 
 
-def radius(rho: Any, step: jax.Array, params: optax.Params, current: jax.Array | None = None) -> jax.Array:
+def radius(rho: Any, step: jax.Array, params: Any, current: jax.Array | None = None) -> jax.Array:
     """The radius at a step, in float32 or the better dtype of params.
 
     A schedule is evaluated; an array (also a traced one, as under `optax.inject_hyperparams`) is
@@ -241,7 +241,7 @@ def sharpness_aware(
         if jax.tree.leaves(memory):
             # One bad gradient must not spoil all later steps.
             memory = optax.tree.where(_tree.all_finite(given), memory, state.memory)
-        step = optax.safe_increment(state.step)
+        step = jnp.asarray(optax.safe_increment(state.step))
         new_state = SAMState(step, radius(rho, step, params, state.rho), memory)
         return _tree.cast_like(direction, like), new_state
 

@@ -1,7 +1,7 @@
 """`sam_value_and_grad`: evaluates what a variant needs, as `jax.value_and_grad` evaluates a gradient."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -157,7 +157,7 @@ def sam_value_and_grad(
     if not callable(fun):
         msg = f"`fun` must be the loss, a function, got {type(fun).__name__}."
         raise TypeError(msg)
-    if not isinstance(variant, SharpnessAwareTransformation):
+    if not isinstance(cast("Any", variant), SharpnessAwareTransformation):
         msg = (
             "`variant` must be the bare variant, such as `sam = optax_sam.sam(0.05)`, got "
             f"{type(variant).__name__}. A chain, and any other wrapper, no longer knows what to evaluate: "
@@ -194,8 +194,11 @@ def sam_value_and_grad(
                 filled = list(args)
                 for i, batch_argument in zip(split.positions, batch, strict=True):
                     filled[i] = batch_argument
-                for i, value in zip(positions, [params] if isinstance(argnums, int) else params, strict=True):
-                    filled[i] = value
+                if isinstance(argnums, int):
+                    filled[argnums] = params
+                else:
+                    for i, one in zip(positions, cast("tuple[Any, ...]", params), strict=True):
+                        filled[i] = one
                 output = fun(*filled, **kwargs)
                 value, aux = output if has_aux else (output, None)
                 return (value if loss_scale is None else value * loss_scale), (value, aux)

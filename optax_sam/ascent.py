@@ -274,7 +274,11 @@ def layerwise(eps: float = 1e-12) -> AscentRule:
     step = normalized(2.0, eps)
 
     def perturb(gradient: optax.Updates, rho: Any, params: optax.Params) -> optax.Updates:
-        return jax.tree.map(lambda g, w: _tree.norm(w) * step(g, rho, w), gradient, params)
+        def move(g: jax.Array, w: jax.Array) -> jax.Array:
+            size = _tree.norm(w)
+            return jax.tree.map(lambda e: size * e, step(g, rho, w))
+
+        return jax.tree.map(move, gradient, params)
 
     return AscentRule(perturb)
 

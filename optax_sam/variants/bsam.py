@@ -125,9 +125,12 @@ def bsam(
         statistics = _curvature(noisy.gradient, precision)
         return objective.combine(noisy, objective.at(params, perturbation), statistics), noisy.aux
 
-    def descent(gradients: SAMGradients, state: SAMState, params: optax.Params) -> tuple[optax.Updates, Any]:
+    def descent(
+        gradients: SAMGradients, state: SAMState, params: optax.Params | None
+    ) -> tuple[optax.Updates, Any]:
         if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
+            msg = "`bsam` needs the params: write `update(grads, state, params)`."
+            raise ValueError(msg)
         momentum, precision = state.memory
         statistics = gradients.statistics
         if statistics is None:  # Through the door without statistics: those of the one gradient.
@@ -141,7 +144,7 @@ def bsam(
         new_precision = jax.tree.map(
             lambda s, c: b2 * s + (1 - b2) * (c + damping + weight_decay), precision, statistics
         )
-        rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
+        rate: Any = learning_rate(state.step) if callable(learning_rate) else learning_rate
         scale = new_precision if update_precision_first else precision
         updates = jax.tree.map(lambda m, s: -rate * m / s, momentum, scale)
         return updates, BSAMMemory(momentum, new_precision)

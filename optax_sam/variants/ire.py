@@ -88,7 +88,7 @@ def ire(
 
     def update(
         updates: Any,
-        state: IREState,
+        state: Any,
         params: optax.Params | None = None,
         *,
         curvature_updates: optax.Updates | None = None,
@@ -111,13 +111,13 @@ def ire(
         def boost(u: jax.Array, n: jax.Array) -> jax.Array:
             return jnp.where(n, (1.0 + factor) * u, u).astype(u.dtype)
 
-        new_state = IREState(optax.safe_increment(state.step), flat, base_state)
+        new_state = IREState(jnp.asarray(optax.safe_increment(state.step)), flat, base_state)
         return jax.tree.map(boost, base_updates, flat), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _flattest(gradient: optax.Updates, fraction: float) -> Any:
+def _flattest(gradient: optax.Updates, fraction: Any) -> Any:
     """Marks the fraction of all coordinates with the smallest absolute gradient."""
     sizes = jax.tree.map(jnp.abs, _tree.upcast(gradient))
     leaves = jax.tree.leaves(sizes)

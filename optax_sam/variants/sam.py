@@ -66,7 +66,7 @@ def sam(
 
 def _climb(ascent: ascents.Ascent, steps: int, mode: str) -> Evaluate:
     """Several ascent steps."""
-    length = getattr(ascent, "length", None)
+    length: Any = getattr(ascent, "length", None)
     if mode == "pgd" and length is None:
         msg = (
             "`step_mode='pgd'` projects to a ball, and this ascent rule has no norm to measure one. Write "

@@ -141,13 +141,13 @@ def decoupled_wsam(
     base = optax.with_extra_args_support(base_optimizer)
 
     def descent(
-        gradients: SAMGradients, state: SAMState, params: optax.Params, **extra_args: Any
+        gradients: SAMGradients, state: SAMState, params: optax.Params | None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
         # The base optimizer gets the gradient in the dtypes in which its state was made.
         clean = _tree.cast_like(gradients.clean, gradients.clean if params is None else params)
         updates, memory = base.update(clean, state.memory, params, **extra_args)
-        rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
-        factor = rate * (weight(state.step) if callable(weight) else weight)
+        rate: Any = learning_rate(state.step) if callable(learning_rate) else learning_rate
+        factor: Any = rate * (weight(state.step) if callable(weight) else weight)
         clean, perturbed, _ = gradients
         return jax.tree.map(lambda u, c, p: u - factor * (p - c), updates, clean, perturbed), memory
 
