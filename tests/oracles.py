@@ -1,0 +1,239 @@
+"""What the papers say, in plain numpy and float64: one function a rule, written from the papers alone.
+
+Params are one flat vector here, so that a global norm is a norm; where a rule looks at leaves, it takes
+the slices of `LEAVES`, the order in which JAX flattens the params of the loss.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+SHAPES = {"bias": (4,), "kernel": (3, 4), "scale": ()}
+LEAVES = (slice(0, 4), slice(4, 16), slice(16, 17))
+SIZE = 17
+
+
+def first_params() -> np.ndarray:
+    """Where every trajectory begins."""
+    return np.random.default_rng(20).normal(size=SIZE)
+
+
+def batches() -> np.ndarray:
+    """The batches of six steps: three different ones, twice."""
+    examples = np.random.default_rng(21).normal(size=(3, 8, 3))
+    return np.concatenate([examples, examples])
+
+
+def loss(w: np.ndarray, x: np.ndarray) -> Any:
+    """Neither quadratic nor separable. Analytic, so that the complex step differentiates it."""
+    bias, kernel, scale = w[:4], w[4:16].reshape(3, 4), w[16]
+    residual = scale * np.tanh(x @ kernel + bias).sum(axis=1) - np.sin(x.sum(axis=1))
+    return np.mean(residual**2 / 2 + residual**3 / 20)
+
+
+def gradient(w: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """The gradient of `loss`, derived by hand."""
+    bias, kernel, scale = w[:4], w[4:16].reshape(3, 4), w[16]
+    hidden = np.tanh(x @ kernel + bias)
+    residual = scale * hidden.sum(axis=1) - np.sin(x.sum(axis=1))
+    outer = (residual + 3 * residual**2 / 20) / len(x)
+    inner = outer[:, None] * scale * (1 - hidden**2)
+    return np.concatenate([inner.sum(axis=0), (x.T @ inner).ravel(), [outer @ hidden.sum(axis=1)]])
+
+
+def hessian_times(grad: Any, w: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """The Hessian-vector product by the complex step, which subtracts nothing: exact to rounding."""
+    return np.imag(grad(w + 1e-30j * v)) / 1e-30
+
+
+def unit(v: np.ndarray) -> np.ndarray:
+    """The dual direction of the 2-norm."""
+    return v / (np.linalg.norm(v) + 1e-12)
+
+
+def centralize(v: np.ndarray) -> np.ndarray:
+    """Yong et al.: matrices lose the mean over their inputs, the first axis here."""
+    kernel = v[4:16].reshape(3, 4)
+    return np.concatenate([v[:4], (kernel - kernel.mean(axis=0)).ravel(), v[16:]])
+
+
+# Every rule is (grad, w, t, memory) -> (direction, memory); that of a whole optimizer returns what is added to w.
+
+
+def sam(grad: Any, w: Any, t: int, memory: Any, *, rho: float, direction: Any = unit) -> Any:
+    """Foret et al., equations 2 and 3; with another dual direction, its relatives."""
+    del t
+    return grad(w + rho * direction(grad(w))), memory
+
+
+def several_steps(
+    grad: Any, w: Any, t: int, memory: Any, *, rho: float, n: int, stride: float, ball: bool
+) -> Any:
+    """Foret et al., appendix C.6: steps of length stride, projected to the ball or not."""
+    del t
+    e = np.zeros_like(w)
+    for _ in range(n):
+        e = e + stride * unit(grad(w + e))
+        if ball and np.linalg.norm(e) > rho:
+            e = rho * e / np.linalg.norm(e)
+    return grad(w + e), memory
+
+
+def asam(grad: Any, w: Any, t: int, memory: Any, *, rho: float, eta: float) -> Any:
+    """Kwon et al.: the ball in coordinates divided by T = |w| + eta."""
+    del t
+    size = np.abs(w) + eta
+    g = grad(w)
+    return grad(w + rho * size**2 * g / np.linalg.norm(size * g)), memory
+
+
+def gcsam(grad: Any, w: Any, t: int, memory: Any, *, rho: float, descent: bool) -> Any:
+    """Hassan et al.: centralized before the norm is taken, and again in the descent."""
+    del t
+    g_p = grad(w + rho * unit(centralize(grad(w))))
+    return (centralize(g_p) if descent else g_p), memory
+
+
+def gsam(grad: Any, w: Any, t: int, memory: Any, *, rho: float, alpha: float) -> Any:
+    """Zhuang et al., algorithm 1: minus the part of the clean gradient orthogonal to the perturbed one."""
+    del t
+    g = grad(w)
+    g_p = grad(w + rho * unit(g))
+    return g_p - alpha * (g - (g @ g_p) / (g_p @ g_p) * g_p), memory
+
+
+def gsam_clean(grad: Any, w: Any, t: int, memory: Any, *, rho: float, alpha: float) -> Any:
+    """The other objective of Zhuang et al.'s code: the roles swapped, the sign turned."""
+    del t
+    g = grad(w)
+    g_p = grad(w + rho * unit(g))
+    return g + alpha * (g_p - (g @ g_p) / (g @ g) * g), memory
+
+
+def wsam(grad: Any, w: Any, t: int, memory: Any, *, rho: float, gamma: float) -> Any:
+    """Yue et al., coupled: L + gamma / (1 - gamma) (L_p - L)."""
+    del t
+    g = grad(w)
+    g_p = grad(w + rho * unit(g))
+    return (1 - 2 * gamma) / (1 - gamma) * g + gamma / (1 - gamma) * g_p, memory
+
+
+def decoupled_wsam(
+    grad: Any, w: Any, t: int, memory: Any, *, rho: float, gamma: float, rate: float, momentum: float
+) -> Any:
+    """Yue et al., decoupled: momentum sees the clean gradient alone."""
+    g = grad(w)
+    g_p = grad(w + rho * unit(g))
+    velocity = g if t == 0 else momentum * memory + g
+    return -rate * velocity - rate * gamma / (1 - gamma) * (g_p - g), velocity
+
+
+def sagm(grad: Any, w: Any, t: int, memory: Any, *, rho: float, alpha: float) -> Any:
+    """Wang et al.: SAM from an extrapolated point, the mean of both gradients."""
+    del t
+    g = grad(w)
+    return (g + grad(w + (rho / np.linalg.norm(g) - alpha) * g)) / 2, memory
+
+
+def bsam(grad: Any, w: Any, t: int, memory: Any, *, noise: Any, rho: float, rate: float, n: int) -> Any:
+    """Moellenhoff and Khan, in the order of their code: the step divides by the precision before its update."""
+    b1, b2, delta, damping = 0.9, 0.999, 1e-4, 0.1
+    m, s = (np.zeros(SIZE), np.ones(SIZE)) if memory is None else np.split(memory, 2)
+    g = grad(w + noise[t] / np.sqrt(n * s))
+    g_p = grad(w + rho * g / s)
+    m = b1 * m + (1 - b1) * (g_p + delta * w)
+    new_s = b2 * s + (1 - b2) * (np.sqrt(s) * np.abs(g) + damping + delta)
+    return -rate * m / s, np.concatenate([m, new_s])
+
+
+def looksam(grad: Any, w: Any, t: int, memory: Any, *, rho: float, k: int, alpha: float, parts: Any) -> Any:
+    """Liu et al.: SAM every k steps, in between the part of it that was orthogonal to the clean gradient."""
+    g = grad(w)
+    if t % k == 0:
+        g_p = grad(w + rho * unit(g))
+        kept = [g_p[i] - (g_p[i] @ g[i]) / (g[i] @ g[i]) * g[i] for i in parts]
+        return g_p, np.concatenate(kept)
+    reused = [alpha * np.linalg.norm(g[i]) / (np.linalg.norm(memory[i]) + 1e-8) * memory[i] for i in parts]
+    return g + np.concatenate(reused), memory
+
+
+def same(
+    grad: Any, w: Any, t: int, memory: Any, *, rho: float, gains: Any, clean_gains: Any = (0.0,) * 4
+) -> Any:
+    """Luong's notes: gains on the coordinates whose ratio r is > 1, in (0, 1), < -1, in (-1, 0)."""
+    del t
+    g = grad(w)
+    g_p = grad(w + rho * unit(g))
+    kind = checkpoint(g_p / g)
+    return np.asarray(gains)[kind] * g_p + np.asarray(clean_gains)[kind] * g, memory
+
+
+def checkpoint(r: np.ndarray) -> np.ndarray:
+    """The class, from 0, of ratios that are neither 0 nor of size 1."""
+    return np.select([r > 1, (r > 0) & (r < 1), r < -1, (r < 0) & (r > -1)], [0, 1, 2, 3], default=99)
+
+
+def hessian_sam(grad: Any, w: Any, t: int, memory: Any, *, rho: float, direction: Any = unit) -> Any:
+    """The gradient of L + rho |grad L|; without the norm, of L + rho/2 |grad L|^2."""
+    del t
+    g = grad(w)
+    return g + rho * hessian_times(grad, w, direction(g)), memory
+
+
+def gradient_norm_penalty(grad: Any, w: Any, t: int, memory: Any, *, rho: float, r: float) -> Any:
+    """Zhao et al.: the same penalty with a finite difference of length r, alpha = rho / r."""
+    del t
+    g = grad(w)
+    alpha = rho / r
+    return (1 - alpha) * g + alpha * grad(w + r * unit(g)), memory
+
+
+def extragradient(grad: Any, w: Any, t: int, memory: Any, *, step: float, here: float, ahead: float) -> Any:
+    """The gradient here and the one where a descent step leads."""
+    del t
+    g = grad(w)
+    return here * g + ahead * grad(w - step * g), memory
+
+
+ORACLES: dict[str, Callable[..., Any]] = {
+    "sam": functools.partial(sam, rho=0.1),
+    "sam_inf": functools.partial(sam, rho=0.01, direction=np.sign),
+    "sam_pgd": functools.partial(several_steps, rho=0.1, n=3, stride=0.1, ball=True),
+    "sam_split": functools.partial(several_steps, rho=0.1, n=2, stride=0.05, ball=False),
+    "sam_free": functools.partial(several_steps, rho=0.1, n=2, stride=0.1, ball=False),
+    "usam": functools.partial(sam, rho=0.01, direction=lambda g: g),
+    "asam": functools.partial(asam, rho=0.5, eta=0.01),
+    "gcsam": functools.partial(gcsam, rho=0.1, descent=True),
+    "gcsam_ascent_only": functools.partial(gcsam, rho=0.1, descent=False),
+    "gsam": functools.partial(gsam, rho=0.1, alpha=0.4),
+    "gsam_clean": functools.partial(gsam_clean, rho=0.1, alpha=0.4),
+    "wsam": functools.partial(wsam, rho=0.1, gamma=0.8),
+    "sagm": functools.partial(sagm, rho=0.05, alpha=0.001),
+    "decoupled_wsam": functools.partial(decoupled_wsam, rho=0.1, gamma=0.6, rate=0.1, momentum=0.9),
+    "bsam": functools.partial(bsam, rho=0.05, rate=0.1, n=100),
+    "looksam": functools.partial(looksam, rho=0.1, k=4, alpha=0.7, parts=(slice(None),)),
+    "looksam_per_leaf": functools.partial(looksam, rho=0.1, k=2, alpha=0.7, parts=LEAVES),
+    "same": functools.partial(same, rho=0.1, gains=(2.0, 0.5, 1.5, 0.0), clean_gains=(0.0, 0.5, 0.0, 1.0)),
+    "custom_same": functools.partial(same, rho=0.1, gains=(2.0, 1.0, 0.5, 2.0)),
+    "saner": functools.partial(same, rho=0.1, gains=(1.0, 0.5, 1.0, 1.0)),
+    "hessian_sam": functools.partial(hessian_sam, rho=0.1),
+    "hessian_sam_raw": functools.partial(hessian_sam, rho=0.1, direction=lambda g: g),
+    "hessian_sam_difference": functools.partial(gradient_norm_penalty, rho=0.1, r=0.01),
+    "extragradient": functools.partial(extragradient, step=0.01, here=1.0, ahead=1.0),
+    "extragradient_ahead": functools.partial(extragradient, step=0.01, here=0.0, ahead=1.0),
+}
+
+
+def trajectory(rule: Any, *, whole_optimizer: bool) -> tuple[np.ndarray, list[Any]]:
+    """Params and memory after every step; a direction goes through heavy-ball momentum first."""
+    w, velocity, memory = first_params(), np.zeros(SIZE), None
+    points, memories = [], []
+    for t, x in enumerate(batches()):
+        direction, memory = rule(functools.partial(gradient, x=x), w, t, memory)
+        velocity = 0.9 * velocity + direction
+        w = w + direction if whole_optimizer else w - 0.1 * velocity
+        points.append(w)
+        memories.append(memory)
+    return np.array(points), memories

@@ -1,0 +1,115 @@
+"""Every row of the table walks as its paper says: trajectory and memory, in float64, against plain numpy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import pytest
+import table
+from jax.flatten_util import ravel_pytree
+
+import optax_sam
+
+
+def loss(params, x):
+    """`oracles.loss`, for JAX."""
+    hidden = jnp.tanh(x @ params["kernel"] + params["bias"])
+    residual = params["scale"] * jnp.sum(hidden, axis=1) - jnp.sin(jnp.sum(x, axis=1))
+    return jnp.mean(residual**2 / 2 + residual**3 / 20)
+
+
+def tree(flat):
+    """The flat vector of the oracles as params."""
+    parts = zip(oracles.SHAPES.items(), oracles.LEAVES, strict=True)
+    return {name: jnp.asarray(flat[part]).reshape(shape) for (name, shape), part in parts}
+
+
+def walk(row):
+    """Params, memory and loss after every step: one compiled scan."""
+    variant, tx = row.optimizer()
+    value_and_grad = optax_sam.sam_value_and_grad(loss, variant)
+
+    def step(carry, x):
+        params, state = carry
+        value, grads = value_and_grad(params, x, state=state)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        memory = optax.tree.get(state, "SAMState").memory
+        return (params, state), (ravel_pytree(params)[0], ravel_pytree(memory)[0], value)
+
+    params = tree(oracles.first_params())
+    _, out = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.asarray(oracles.batches())))(
+        (params, tx.init(params))
+    )
+    return [np.asarray(x) for x in out]
+
+
+def noise(row):
+    """The noise of bSAM by its public rule: the key, folded with the step and then with the shard's number."""
+    like = tree(np.zeros(oracles.SIZE))
+    key = jax.random.key(row.kwargs["key"])
+    draws = []
+    for t in range(len(oracles.batches())):
+        own = jax.random.fold_in(jax.random.fold_in(key, t), 0)
+        draws.append(np.asarray(ravel_pytree(optax.tree.random_like(own, like, jax.random.normal))[0]))
+    return np.array(draws)
+
+
+def test_every_row_has_an_oracle_and_every_oracle_a_row():
+    assert set(oracles.ORACLES) == set(table.BY_NAME)
+
+
+@pytest.mark.parametrize("row", table.ROWS, ids=lambda row: row.name)
+def test_the_trajectory_is_the_papers(row):
+    with jax.enable_x64(True):
+        points, memories, values = walk(row)
+        rule = oracles.ORACLES[row.name]
+        if row.constructor is optax_sam.bsam:
+            rule = functools.partial(rule, noise=noise(row))
+    expected, expected_memories = oracles.trajectory(rule, whole_optimizer=row.whole_optimizer)
+    np.testing.assert_allclose(points, expected, rtol=1e-10, atol=1e-11)
+    copies = 0 if expected_memories[0] is None else expected_memories[0].size // oracles.SIZE
+    assert copies == row.memory_copies
+    assert memories.shape[1] == copies * oracles.SIZE
+    if copies:
+        np.testing.assert_allclose(memories, np.array(expected_memories), rtol=1e-10, atol=1e-11)
+    # The loss that is reported belongs to the point of the clean pass: params, but of bSAM its sample.
+    where = np.concatenate([[oracles.first_params()], expected[:-1]])
+    if row.constructor is optax_sam.bsam:
+        precisions = [np.ones(oracles.SIZE), *(m[oracles.SIZE :] for m in expected_memories[:-1])]
+        where = where + rule.keywords["noise"] / np.sqrt(row.kwargs["num_data"] * np.array(precisions))
+    expected_values = [oracles.loss(w, x) for w, x in zip(where, oracles.batches(), strict=True)]
+    np.testing.assert_allclose(values, expected_values, rtol=1e-10)
+
+
+def test_the_oracles_derivatives_are_right():
+    w, x = oracles.first_params(), oracles.batches()[0]
+    direction = np.random.default_rng(0).normal(size=oracles.SIZE)
+    by_complex_step = [np.imag(oracles.loss(w + 1e-30j * e, x)) / 1e-30 for e in np.eye(oracles.SIZE)]
+    np.testing.assert_allclose(oracles.gradient(w, x), by_complex_step, rtol=1e-13, atol=1e-15)
+    grad = functools.partial(oracles.gradient, x=x)
+    difference = (grad(w + 1e-5 * direction) - grad(w - 1e-5 * direction)) / 2e-5
+    np.testing.assert_allclose(oracles.hessian_times(grad, w, direction), difference, rtol=1e-7, atol=1e-8)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(loss(tree(w), jnp.asarray(x)), oracles.loss(w, x), rtol=1e-14)
+
+
+def test_the_walk_meets_every_case_of_the_rules():
+    """An oracle that never entered a branch would prove nothing about it."""
+    rule = oracles.ORACLES["same"]
+    points, _ = oracles.trajectory(rule, whole_optimizer=False)
+    kinds, projected = set(), 0
+    for w, x in zip(points, oracles.batches(), strict=True):
+        g = oracles.gradient(w, x)
+        g_p = oracles.gradient(w + 0.1 * oracles.unit(g), x)
+        kinds |= set(oracles.checkpoint(g_p / g))
+        second = 0.1 * oracles.unit(g) + 0.1 * oracles.unit(g_p)
+        projected += np.linalg.norm(second) > 0.1
+    assert kinds == {0, 1, 2, 3}
+    assert projected > 0
+    distances = [np.linalg.norm(a - b) for a in points for b in points]
+    assert max(distances) < 50.0  # Nothing ran away, which would hide differences behind its size.
+    assert min(np.linalg.norm(b - a) for a, b in zip(points[:-1], points[1:], strict=True)) > 1e-3
