@@ -59,7 +59,7 @@ def centralize(v: np.ndarray) -> np.ndarray:
     return np.concatenate([v[:4], (kernel - kernel.mean(axis=0)).ravel(), v[16:]])
 
 
-# Every rule is (grad, w, t, memory) -> (direction, memory); that of a whole optimizer returns what is added to w.
+# A rule is (grad, w, t, memory) -> (direction, memory); that of a whole optimizer returns what is added to w.
 
 
 def sam(grad: Any, w: Any, t: int, memory: Any, *, rho: float, direction: Any = unit) -> Any:
@@ -138,7 +138,7 @@ def sagm(grad: Any, w: Any, t: int, memory: Any, *, rho: float, alpha: float) ->
 
 
 def bsam(grad: Any, w: Any, t: int, memory: Any, *, noise: Any, rho: float, rate: float, n: int) -> Any:
-    """Moellenhoff and Khan, in the order of their code: the step divides by the precision before its update."""
+    """Moellenhoff and Khan, in the order of their code: the step divides by the old precision."""
     b1, b2, delta, damping = 0.9, 0.999, 1e-4, 0.1
     m, s = (np.zeros(SIZE), np.ones(SIZE)) if memory is None else np.split(memory, 2)
     g = grad(w + noise[t] / np.sqrt(n * s))

@@ -1,6 +1,7 @@
 """Every row of the table walks as its paper says: trajectory and memory, in float64, against plain numpy."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ def walk(row):
 
 
 def noise(row):
-    """The noise of bSAM by its public rule: the key, folded with the step and then with the shard's number."""
+    """The noise of bSAM by its public rule: the key, folded with the step, then with the shard's number."""
     like = tree(np.zeros(oracles.SIZE))
     key = jax.random.key(row.kwargs["key"])
     draws = []
@@ -112,4 +113,4 @@ def test_the_walk_meets_every_case_of_the_rules():
     assert projected > 0
     distances = [np.linalg.norm(a - b) for a in points for b in points]
     assert max(distances) < 50.0  # Nothing ran away, which would hide differences behind its size.
-    assert min(np.linalg.norm(b - a) for a, b in zip(points[:-1], points[1:], strict=True)) > 1e-3
+    assert min(np.linalg.norm(b - a) for a, b in itertools.pairwise(points)) > 1e-3

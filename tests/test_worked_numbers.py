@@ -1,0 +1,429 @@
+"""Numbers worked by hand, or by the authors' own code, on quadratics in two dimensions.
+
+All printed digits are compared. With the two coordinates in one array or in two leaves the numbers are the
+same: a norm that was taken leaf by leaf would show.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import optax_sam
+from optax_sam import ascent
+
+# Batches: the diagonals of the curvature and the centers of the examples, of which the loss is the mean.
+L1 = (np.array([[10.0, 1.0]]), np.array([[0.0, 0.0]]))
+L2 = (np.array([[2.0, 4.0]]), np.array([[0.5, -0.5]]))
+BOTH = tuple(np.concatenate(parts) for parts in zip(L1, L2, strict=True))
+W0 = (1.0, 1.0)
+G0 = (10.0, 1.0)  # The gradient of L1 there.
+
+
+@pytest.fixture(autouse=True)
+def _in_float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(params=["array", "leaves"])
+def store(request):
+    """How the two coordinates are stored."""
+    if request.param == "array":
+        return lambda coordinates: jnp.asarray(coordinates)
+    return lambda coordinates: {"a": jnp.asarray(coordinates[0]), "b": jnp.asarray(coordinates[1:])}
+
+
+def loss(params, batch):
+    """The mean over examples of half of (w - c)^T A (w - c)."""
+    curvature, center = batch
+    w, _ = ravel_pytree(params)
+    return jnp.mean(jnp.sum(curvature * (w - center) ** 2, axis=1)) / 2
+
+
+def flat(tree):
+    return np.asarray(ravel_pytree(tree)[0])
+
+
+def direction(variant, params, batch=L1, **options):
+    """The gradients of a first step, and what the variant hands to a base optimizer."""
+    state = variant.init(params)
+    _, grads = optax_sam.sam_value_and_grad(loss, variant, **options)(params, batch, state=state)
+    updates, _ = variant.update(grads, state, params)
+    return flat(grads.clean), flat(updates)
+
+
+def walk(variant, tx, params, batches, *, compiled=True):
+    """What each of a few steps evaluates and leaves."""
+    value_and_grad = optax_sam.sam_value_and_grad(loss, variant)
+
+    def step(params, state, batch):
+        value, grads = value_and_grad(params, batch, state=state)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value, grads
+
+    step = jax.jit(step) if compiled and len(batches) > 1 else step
+    state, records = tx.init(params), []
+    for batch in batches:
+        params, state, value, grads = step(params, state, batch)
+        memory = optax.tree.get(state, "SAMState").memory
+        records.append((flat(params), [flat(x) for x in memory], value, grads))
+    return records
+
+
+def close(got, expected, rtol=1e-10):
+    """Equal to the digits given, of which there are twelve or so."""
+    np.testing.assert_allclose(got, np.asarray(expected), rtol=rtol, atol=1e-13)
+
+
+# Rules: gradient, rho, params, perturbation.
+RULES = {
+    "E1": (ascent.normalized(), G0, 0.1, W0, (0.0995037190210, 0.00995037190210)),
+    "E1, step 1": (
+        ascent.normalized(),
+        (4.50248140490, 0.949502481405),
+        0.1,
+        W0,
+        (0.0978479120942, 0.0206345850163),
+    ),
+    "E1, p = inf": (ascent.normalized(jnp.inf), G0, 0.1, W0, (0.1, 0.1)),
+    "E1, p = 4": (ascent.normalized(4.0), G0, 0.1, W0, (0.0988721364778, 0.0458923804631)),
+    "E1, zero gradient": (ascent.normalized(), (0.0, 0.0), 0.1, W0, (0.0, 0.0)),
+    "E1, zero gradient, no eps": (ascent.normalized(eps=0.0), (0.0, 0.0), 0.1, W0, (0.0, 0.0)),
+    "E2, eta = 0": (
+        ascent.adaptive(0.0),
+        (20.0, -0.5),
+        0.5,
+        (2.0, -0.5),
+        (0.999980469322, -0.00156246948332),
+    ),
+    "E2, eta = 0.01": (
+        ascent.adaptive(),
+        (20.0, -0.5),
+        0.5,
+        (2.0, -0.5),
+        (1.00497978139, -0.00161750477179),
+    ),
+    "E2, p = inf": (ascent.adaptive(ord=jnp.inf), (20.0, -0.5), 0.5, (2.0, -0.5), (1.005, -0.255)),
+    "E2, of GSAM": (
+        ascent.absolute(),
+        (20.0, -0.5),
+        0.5,
+        (2.0, -0.5),
+        (0.999687646408, -0.00624804779005),
+    ),
+    "E4": (ascent.unnormalized(), G0, 0.01, W0, (0.1, 0.01)),
+    "E6, both": (ascent.normalized(), (5.5, 3.5), 0.1, W0, (0.0843661487732, 0.0536875492193)),
+    "E6, shard 2": (ascent.normalized(), (1.0, 6.0), 0.1, W0, (0.0164398987305, 0.0986393923832)),
+    "E11, EG-SAM": (ascent.extrapolated(0.05), G0, 0.1, W0, (-0.400496280979, -0.0400496280979)),
+    "E11, SAGM": (ascent.extrapolated(0.001), G0, 0.05, W0, (0.0397518595105, 0.00397518595105)),
+    "E21": (ascent.fisher(), G0, 0.1, W0, (0.00811093765406, 0.0409602351530)),
+}
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_perturbations(case, store):
+    rule, gradient, rho, params, expected = RULES[case]
+    close(flat(rule(store(gradient), rho, store(params))), expected)
+
+
+def test_lengths_in_the_norms_of_the_rules(store):
+    """The measure by which a rule is said to have length rho."""
+    close(ascent.normalized(4.0).length(store((0.0988721364778, 0.0458923804631)), None), 0.1)
+    for eta in (0.0, 0.01):
+        rule, params = ascent.adaptive(eta), store((2.0, -0.5))
+        close(rule.length(rule(store((20.0, -0.5)), 0.5, params), params), 0.5)
+    e = flat(ascent.fisher()(store(G0), 0.1, None))
+    close(e @ ((1 + np.array(G0) ** 2) * e), 0.01)
+
+
+def test_e2_masks_and_coarser_scales():
+    """What needs to know about leaves has only one way to be stored."""
+    leaves = {"weight": jnp.array([2.0]), "bias": jnp.array([-0.5])}
+    gradient = {"weight": jnp.array([20.0]), "bias": jnp.array([-0.5])}
+    rule = ascent.adaptive(mask={"weight": True, "bias": False})
+    e = rule(gradient, 0.5, leaves)
+    close([e["weight"][0], e["bias"][0]], (1.0049222727, -0.00621842449877))
+    by_leaf = ascent.adaptive(0.0, granularity="leaf")
+    one_leaf = jnp.array([20.0, -0.5]), 0.5, jnp.array([2.0, -0.5])
+    close(by_leaf(*one_leaf), (1.03045443969, -0.0257613609923))
+    # A filter of a matrix is a column; with the output axis first, a row.
+    by_filter = ascent.adaptive(0.0, granularity="filter")
+    close(by_filter(one_leaf[0][:, None], 0.5, one_leaf[2][:, None])[:, 0], (1.03045443969, -0.0257613609923))
+    rows = ascent.adaptive(0.0, granularity="filter", output_axis=0)
+    close(rows(one_leaf[0][None], 0.5, one_leaf[2][None])[0], (1.03045443969, -0.0257613609923))
+    close(by_filter(one_leaf[0][None], 0.5, one_leaf[2][None])[0], (0.999980469322, -0.00156246948332))
+
+
+E3_WEIGHT = np.array([[1.0, 2.0, 6.0], [-1.0, 0.5, 2.0]])  # Rows are outputs.
+E3_BIAS = np.array([0.5, -1.5])
+E3 = {
+    False: (
+        (-0.0436435780472, -0.0218217890236, 0.0654653670708, -0.0327326835354, 0.0, 0.0327326835354),
+        (0.0109108945118, -0.0327326835354),
+    ),
+    True: (
+        (-0.0286445949616, -0.0143222974808, 0.0429668924424, -0.0214834462212, 0.0, 0.0214834462212),
+        (0.00716114874039, -0.0214834462212),
+    ),
+}
+
+
+@pytest.mark.parametrize("legacy_norm", [False, True])
+@pytest.mark.parametrize("output_axis", [0, -1])
+def test_e3_centralized(legacy_norm, output_axis):
+    weight = jnp.asarray(E3_WEIGHT if output_axis == 0 else E3_WEIGHT.T)
+    gradient = {"weight": weight, "bias": jnp.asarray(E3_BIAS)}
+    rule = ascent.centralized(output_axis=output_axis, legacy_norm=legacy_norm)
+    e = rule(gradient, 0.1, gradient)
+    expected_weight, expected_bias = E3[legacy_norm]
+    close((e["weight"] if output_axis == 0 else e["weight"].T).ravel(), expected_weight)
+    close(e["bias"], expected_bias)
+    close(np.linalg.norm(flat(e)), 0.0656330123314 if legacy_norm else 0.1)
+
+
+def test_e3_the_descent():
+    gradient = {"weight": jnp.asarray(E3_WEIGHT), "bias": jnp.asarray(E3_BIAS)}
+    variant = optax_sam.gcsam(0.1, output_axis=0)
+    linear = optax_sam.sam_value_and_grad(lambda w: optax.tree.vdot(gradient, w), variant)
+    state = variant.init(gradient)
+    _, grads = linear(gradient, state=state)
+    direction, _ = variant.update(grads, state, gradient)
+    close(direction["weight"], [[-2.0, -1.0, 3.0], [-1.5, 0.0, 1.5]])
+    close(direction["bias"], E3_BIAS)
+    close(np.linalg.norm(flat(direction)), 4.58257569496)
+
+
+# Variants: where, and the direction in the first step on L1.
+DIRECTIONS = {
+    "E1": (optax_sam.sam(0.1), W0, (10.9950371902, 1.00995037190)),
+    "E1, p = inf": (optax_sam.sam(0.1, ascent=ascent.normalized(jnp.inf)), W0, (11.0, 1.1)),
+    "E1, p = 4": (
+        optax_sam.sam(0.1, ascent=ascent.normalized(4.0)),
+        W0,
+        (10.9887213648, 1.04589238046),
+    ),
+    "E1, zero gradient": (optax_sam.sam(0.1), (0.0, 0.0), (0.0, 0.0)),
+    "E2, eta = 0": (optax_sam.asam(0.5, eta=0.0), (2.0, -0.5), (29.9998046932, -0.501562469483)),
+    "E2, eta = 0.01": (optax_sam.asam(0.5), (2.0, -0.5), (30.0497978139, -0.501617504772)),
+    "E2, of GSAM": (
+        optax_sam.sam(0.5, ascent=ascent.absolute()),
+        (2.0, -0.5),
+        (29.9968764641, -0.506248047790),
+    ),
+    "E4": (optax_sam.sam(0.01, ascent=ascent.unnormalized()), W0, (11.0, 1.01)),
+    "E5, pgd 2": (optax_sam.sam(0.1, steps=2), W0, (10.9954306141, 1.00954876567)),
+    "E5, pgd 3": (optax_sam.sam(0.1, steps=3), W0, (10.9956230930, 1.00934593856)),
+    "E5, split": (optax_sam.sam(0.1, steps=2, step_mode="split"), W0, (10.9952429497, 1.00974012751)),
+    "E5, free": (optax_sam.sam(0.1, steps=2, step_mode="free"), W0, (11.9908450190, 1.01909737586)),
+    "E7": (optax_sam.gsam(0.1, 0.4), W0, (10.9980047503, 0.977643405226)),
+    "E7, clean": (optax_sam.gsam(0.1, 0.4, objective="clean"), W0, (10.0035466672, 0.964533327874)),
+    "E8, 0.8": (optax_sam.wsam(0.1, 0.8), W0, (13.9801487608, 1.03980148761)),
+    "E8, 0.9": (optax_sam.wsam(0.1), W0, (18.9553347119, 1.08955334712)),
+    "E11, A": (optax_sam.extragradient(0.01), W0, (19.0, 1.99)),
+    "E11, B": (optax_sam.extragradient(0.01, weights=(1.0, 0.01)), W0, (10.09, 1.0099)),
+    "E11, EG": (optax_sam.extragradient(0.01, weights=(0.0, 1.0)), W0, (9.0, 0.99)),
+    "E11, EG-SAM": (
+        optax_sam.sam(0.1, ascent=ascent.extrapolated(0.05)),
+        W0,
+        (5.99503719021, 0.959950371902),
+    ),
+    "E11, SAGM": (
+        optax_sam.wsam(0.05, alpha=0.5, ascent=ascent.extrapolated(0.001)),
+        W0,
+        (10.1987592976, 1.00198759298),
+    ),
+    "E12, GNP": (optax_sam.wsam(0.1, alpha=0.8), W0, (10.7960297522, 1.00796029752)),
+    "E21": (optax_sam.sam(0.1, ascent=ascent.fisher()), W0, (10.0811093765, 1.04096023515)),
+}
+
+
+@pytest.mark.parametrize("case", DIRECTIONS)
+def test_directions(case, store):
+    variant, params, expected = DIRECTIONS[case]
+    _, u = direction(variant, store(params))
+    close(u, expected)
+
+
+# Whole walks: variant, optimizer, batches, params after each of some steps.
+ADAM = optax.adam(0.05)
+WALKS = {
+    "E1": (
+        optax_sam.sam(0.1),
+        optax.sgd(0.05),
+        (L1, L1),
+        {0: (0.450248140490, 0.949502481405), 1: (0.17620011419763945, 0.9009956280838337)},
+    ),
+    "E4": (
+        optax_sam.sam(0.01, ascent=ascent.unnormalized()),
+        optax.sgd(0.05),
+        (L1,),
+        {0: (0.45, 0.9495)},
+    ),
+    "E5, free": (
+        optax_sam.sam(0.1, steps=2, step_mode="free"),
+        optax.sgd(0.05),
+        (L1, L1),
+        {1: (0.10250354249425314, 0.8994814911819842)},
+    ),
+    "E8, coupled": (
+        optax_sam.wsam(0.1, 0.9),
+        optax.sgd(0.05, momentum=0.9),
+        (L1, L1),
+        {0: (0.0522332644055, 0.945522332644), 1: (-1.0444706322405495, 0.8098270455958212)},
+    ),
+    "E8, decoupled": (
+        optax_sam.decoupled_wsam(optax.sgd(0.05, momentum=0.9), 0.05, 0.1, 0.9),
+        None,
+        (L1, L1),
+        {0: (0.0522332644055, 0.945522332644), 1: (-0.6414805702055442, 0.8138569462161711)},
+    ),
+    "E8, coupled, Adam": (
+        optax_sam.wsam(0.1, 0.9),
+        ADAM,
+        (L1,),
+        {0: (0.950000000026, 0.950000000459)},
+    ),
+    "E8, decoupled, Adam": (
+        optax_sam.decoupled_wsam(ADAM, 0.05, 0.1, 0.9),
+        None,
+        (L1,),
+        {0: (0.502233264456, 0.945522333144)},
+    ),
+    "E11, A": (optax_sam.extragradient(0.01), optax.sgd(0.01), (L1,), {0: (0.81, 0.9801)}),
+    "E11, B": (
+        optax_sam.extragradient(0.01, weights=(1.0, 0.01)),
+        optax.sgd(0.01),
+        (L1,),
+        {0: (0.8991, 0.989901)},
+    ),
+    "E11, EG": (
+        optax_sam.extragradient(0.01, weights=(0.0, 1.0)),
+        optax.sgd(0.01),
+        (L1,),
+        {0: (0.91, 0.9901)},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WALKS)
+def test_walks(case, store):
+    variant, base, batches, expected = WALKS[case]
+    tx = variant if base is None else optax.chain(variant, base)
+    points = [w for w, *_ in walk(variant, tx, store(W0), batches)]
+    for t, w in expected.items():
+        close(points[t], w)
+
+
+def test_e1_losses(store):
+    variant = optax_sam.sam(0.1)
+    state, params = variant.init(store(W0)), store(W0)
+    value_and_grad = optax_sam.sam_value_and_grad(loss, variant, return_metrics=True)
+    value, grads, metrics = value_and_grad(params, L1, state=state)
+    close(value, 5.5)
+    close(metrics.loss, 5.5)
+    close(metrics.perturbed_loss, 6.55454201756)
+    close(metrics.sharpness, 1.05454201756)
+    close(metrics.clean_norm, 10.0498756211)
+    close(metrics.perturbation_norm, 0.1, rtol=1e-7)  # A float32.
+    close(flat(grads.clean), G0)
+    close(flat(grads.perturbed), (10.9950371902, 1.00995037190))
+
+
+def test_e6_two_shards(store):
+    """One perturbation for the batch, and one for each of its two examples."""
+    variant = optax_sam.sam(0.1)
+    clean, together = direction(variant, store(W0), BOTH)
+    close(clean, (5.5, 3.5))
+    close(together, (6.00619689264, 3.63421887305))
+    for mode in ("vmap", "loop"):
+        options = {"num_shards": 2, "shard_mode": mode, "batch_argnums": 1}
+        clean, apart = direction(variant, store(W0), BOTH, **options)
+        close(clean, (5.5, 3.5))
+        close(apart, (6.01395849384, 3.70225397072))
+
+
+def test_e7_the_radius_follows_the_learning_rate():
+    def at(rate, *rho, **options):
+        limits = {"lr_max": 3e-3, "lr_min": 3e-5, **options}
+        return optax_sam.schedules.rho_from_learning_rate(lambda _: rate, *rho, **limits)(0)
+
+    close(at(1.5e-3, 0.6, 0.1), 0.347474747475)
+    close(at(0.0, 0.6, 0.1, clip=False), 0.0949494949495)
+    close(at(0.0, 0.6, 0.1), 0.1)
+    close(at(6e-3, 0.6, 0.1), 0.6)
+    close(at(0.0, 0.6, clip=False), -0.00606060606061)  # What the paper's own numbers give in a warm-up.
+    close(at(0.0, 0.6), 0.0)
+    close(at(1.5e-3, 0.6, 0.1, lr_max=3e-5), 0.6)
+
+
+def test_e8_the_sharpness_term(store):
+    clean, perturbed = direction(optax_sam.sam(0.1), store(W0))
+    close(perturbed - clean, (0.995037190210, 0.00995037190210))
+
+
+E9 = {
+    False: [(0.237495, 0.947745), (-0.6107805528280186, 0.8507541587410204)],
+    True: [(0.244745518547, 0.947745005225), (-0.607843850852, 0.850766561895)],
+}
+
+
+@pytest.mark.parametrize("update_precision_first", [False, True])
+def test_e9_bsam(monkeypatch, store, update_precision_first):
+    noise = iter([(0.5, -1.0), (-0.3, 0.8)])
+    monkeypatch.setattr(optax.tree, "random_like", lambda *_: store(next(noise)))
+    variant = optax_sam.bsam(0.5, 100, rho=0.05, damping=0.1, update_precision_first=update_precision_first)
+    # Not compiled: the draw stands in Python.
+    records = walk(variant, variant, store(W0), (L1, L1), compiled=False)
+    for (w, *_), expected in zip(records, E9[update_precision_first], strict=True):
+        close(w, expected)
+    (_, memory, value, grads), (_, (momentum, precision), _, later) = records
+    close(value, 5.0 * 1.05**2 + 0.5 * 0.9**2)  # The loss at the sample.
+    close(flat(grads.clean), (10.5, 0.9))
+    close(flat(grads.perturbed), (15.25, 1.045))
+    close(memory, [(1.52501, 0.10451), (1.0096001, 1.0000001)])
+    if not update_precision_first:
+        close(flat(later.clean), (2.07637972904, 1.027744996))
+        close(flat(later.perturbed), (3.40326790975, 0.999132244661))
+        close(momentum, (1.7128381659254464, 0.1939817019161275))
+        close(precision, (1.0107769225493002, 1.0001279449473872))
+
+
+def test_e10_looksam(store):
+    looksam = optax_sam.looksam(0.1, k=2, alpha=0.7)
+    records = walk(looksam, optax.chain(looksam, optax.sgd(0.05)), store(W0), (L1, L2, L1, L2))
+    expected = [  # Direction and params.
+        ((10.9950371902, 1.00995037190), (0.450248140490, 0.949502481405)),
+        ((0.304402187882, 1.75895085659), (0.435028031095, 0.861554938576)),
+        ((5.33122789354, 0.880982197829), (0.168466636418, 0.817505828684)),
+        ((0.0592583129700, 1.62276153315), (0.165503720770, 0.736367752027)),
+    ]
+    before = np.array(W0)
+    for (after, *_), (u, w) in zip(records, expected, strict=True):
+        close((before - after) / 0.05, u)
+        close(after, w)
+        before = after
+    (first,), (kept,), (second,), _ = (memory for _, memory, *_ in records)
+    close(first, (0.00886666803157, -0.0886666803157))
+    np.testing.assert_array_equal(kept, first)
+    close(second, (0.0333204902252, -0.168246348651))
+    *_, reused = records[1]
+    close(flat(reused.clean), (-0.0995037190210, 5.79800992562))
+    np.testing.assert_array_equal(flat(reused.perturbed), flat(reused.clean))
+
+
+@pytest.mark.parametrize(
+    ("mask", "norm", "rho", "eps", "e", "u"),
+    [
+        pytest.param((1, 0), "all", 0.1, 1e-12, (0.0995037190210, 0.0), (10.9950371902, 1.0), id="E18"),
+        pytest.param((0, 1), "selected", 0.1, 1e-12, (0.0, 0.1), (10.0, 1.1), id="E19"),
+        # A random half of the coordinates, and twice the radius.
+        pytest.param((1, 0), "all", 0.2, 1e-7, (0.199007436062, 0.0), (11.9900743606, 1.0), id="E13"),
+    ],
+)
+def test_masks(store, mask, norm, rho, eps, e, u):
+    rule = ascent.masked(store(mask), ascent.normalized(eps=eps), norm=norm)
+    close(flat(rule(store(G0), rho, store(W0))), e)
+    close(direction(optax_sam.sam(rho, ascent=rule), store(W0))[1], u)
