@@ -4,6 +4,8 @@ All printed digits are compared. With the two coordinates in one array or in two
 same: a norm that was taken leaf by leaf would show.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,12 +30,18 @@ def _in_float64():
         yield
 
 
-@pytest.fixture(params=["array", "leaves"])
+def in_an_array(coordinates):
+    return jnp.asarray(coordinates)
+
+
+def in_leaves(coordinates):
+    return {"a": jnp.asarray(coordinates[0]), "b": jnp.asarray(coordinates[1:])}
+
+
+@pytest.fixture(params=[in_an_array, in_leaves])
 def store(request):
     """How the two coordinates are stored."""
-    if request.param == "array":
-        return lambda coordinates: jnp.asarray(coordinates)
-    return lambda coordinates: {"a": jnp.asarray(coordinates[0]), "b": jnp.asarray(coordinates[1:])}
+    return request.param
 
 
 def loss(params, batch):
@@ -44,7 +52,7 @@ def loss(params, batch):
 
 
 def flat(tree):
-    return np.asarray(ravel_pytree(tree)[0])
+    return ravel_pytree(tree)[0]
 
 
 def direction(variant, params, batch=L1, **options):
@@ -55,8 +63,8 @@ def direction(variant, params, batch=L1, **options):
     return flat(grads.clean), flat(updates)
 
 
-def walk(variant, tx, params, batches, *, compiled=True):
-    """What each of a few steps evaluates and leaves."""
+def step_of(variant, tx):
+    """One step of an optimizer that contains the variant."""
     value_and_grad = optax_sam.sam_value_and_grad(loss, variant)
 
     def step(params, state, batch):
@@ -64,13 +72,22 @@ def walk(variant, tx, params, batches, *, compiled=True):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value, grads
 
-    step = jax.jit(step) if compiled and len(batches) > 1 else step
+    return step
+
+
+def walk(step, tx, params, batches):
+    """What each of a few steps evaluates and leaves."""
     state, records = tx.init(params), []
     for batch in batches:
         params, state, value, grads = step(params, state, batch)
         memory = optax.tree.get(state, "SAMState").memory
         records.append((flat(params), [flat(x) for x in memory], value, grads))
     return records
+
+
+def all_at_once(function, cases):
+    """The function of every case, in one program: it compiles faster than many."""
+    return jax.jit(lambda inputs: {name: function(name, x) for name, x in inputs.items()})(cases)
 
 
 def close(got, expected, rtol=1e-10):
@@ -123,10 +140,21 @@ RULES = {
 }
 
 
+@functools.cache
+def perturbations(store):
+    inputs = {name: (store(gradient), store(params)) for name, (_, gradient, _, params, _) in RULES.items()}
+
+    def perturbation(name, given):
+        rule, _, rho, _, _ = RULES[name]
+        gradient, params = given
+        return flat(rule(gradient, rho, params))
+
+    return all_at_once(perturbation, inputs)
+
+
 @pytest.mark.parametrize("case", RULES)
 def test_perturbations(case, store):
-    rule, gradient, rho, params, expected = RULES[case]
-    close(flat(rule(store(gradient), rho, store(params))), expected)
+    close(perturbations(store)[case], RULES[case][-1])
 
 
 def test_lengths_in_the_norms_of_the_rules(store):
@@ -240,11 +268,15 @@ DIRECTIONS = {
 }
 
 
+@functools.cache
+def directions(store):
+    inputs = {name: store(params) for name, (_, params, _) in DIRECTIONS.items()}
+    return all_at_once(lambda name, params: direction(DIRECTIONS[name][0], params)[1], inputs)
+
+
 @pytest.mark.parametrize("case", DIRECTIONS)
 def test_directions(case, store):
-    variant, params, expected = DIRECTIONS[case]
-    _, u = direction(variant, store(params))
-    close(u, expected)
+    close(directions(store)[case], DIRECTIONS[case][-1])
 
 
 # Whole walks: variant, optimizer, batches, params after each of some steps.
@@ -308,13 +340,20 @@ WALKS = {
 }
 
 
+@functools.cache
+def walks(store):
+    def points(name, params):
+        variant, base, batches, _ = WALKS[name]
+        tx = variant if base is None else optax.chain(variant, base)
+        return [w for w, *_ in walk(step_of(variant, tx), tx, params, batches)]
+
+    return all_at_once(points, {name: store(W0) for name in WALKS})
+
+
 @pytest.mark.parametrize("case", WALKS)
 def test_walks(case, store):
-    variant, base, batches, expected = WALKS[case]
-    tx = variant if base is None else optax.chain(variant, base)
-    points = [w for w, *_ in walk(variant, tx, store(W0), batches)]
-    for t, w in expected.items():
-        close(points[t], w)
+    for t, w in WALKS[case][-1].items():
+        close(walks(store)[case][t], w)
 
 
 def test_e1_losses(store):
@@ -340,7 +379,7 @@ def test_e6_two_shards(store):
     close(together, (6.00619689264, 3.63421887305))
     for mode in ("vmap", "loop"):
         options = {"num_shards": 2, "shard_mode": mode, "batch_argnums": 1}
-        clean, apart = direction(variant, store(W0), BOTH, **options)
+        clean, apart = jax.jit(functools.partial(direction, variant, **options))(store(W0), BOTH)
         close(clean, (5.5, 3.5))
         close(apart, (6.01395849384, 3.70225397072))
 
@@ -376,7 +415,7 @@ def test_e9_bsam(monkeypatch, store, update_precision_first):
     monkeypatch.setattr(optax.tree, "random_like", lambda *_: store(next(noise)))
     variant = optax_sam.bsam(0.5, 100, rho=0.05, damping=0.1, update_precision_first=update_precision_first)
     # Not compiled: the draw stands in Python.
-    records = walk(variant, variant, store(W0), (L1, L1), compiled=False)
+    records = walk(step_of(variant, variant), variant, store(W0), (L1, L1))
     for (w, *_), expected in zip(records, E9[update_precision_first], strict=True):
         close(w, expected)
     (_, memory, value, grads), (_, (momentum, precision), _, later) = records
@@ -393,7 +432,8 @@ def test_e9_bsam(monkeypatch, store, update_precision_first):
 
 def test_e10_looksam(store):
     looksam = optax_sam.looksam(0.1, k=2, alpha=0.7)
-    records = walk(looksam, optax.chain(looksam, optax.sgd(0.05)), store(W0), (L1, L2, L1, L2))
+    tx = optax.chain(looksam, optax.sgd(0.05))
+    records = walk(jax.jit(step_of(looksam, tx)), tx, store(W0), (L1, L2, L1, L2))
     expected = [  # Direction and params.
         ((10.9950371902, 1.00995037190), (0.450248140490, 0.949502481405)),
         ((0.304402187882, 1.75895085659), (0.435028031095, 0.861554938576)),
