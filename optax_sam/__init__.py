@@ -1,6 +1,7 @@
 """Sharpness-aware minimization for JAX and Optax."""
 
 from optax_sam import ascent as ascent
+from optax_sam import landscape as landscape
 from optax_sam import schedules as schedules
 from optax_sam import sharpness as sharpness
 from optax_sam._objective import SAMGradients as SAMGradients

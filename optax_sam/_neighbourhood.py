@@ -334,7 +334,7 @@ def average_sharpness(
       >>> def loss_fn(w, x):
       ...     return jnp.mean(x * (10 * w[0] ** 2 + w[1] ** 2)) / 2
       >>> mean, error = optax_sam.sharpness.average_sharpness(
-      ...     loss_fn, jnp.zeros(2), jnp.ones(5), rho=0.1, num_samples=1000)
+      ...     loss_fn, jnp.zeros(2), jnp.ones(5), rho=0.1, num_samples=1000, key=1)
       >>> print(f"{mean:.3f} +- {error:.3f}")  # rho^2 / 2 times the trace, 0.055
       0.055 +- 0.002
 
