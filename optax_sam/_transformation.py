@@ -74,10 +74,13 @@ def find_state(state: optax.OptState) -> SAMState:
         )
         raise ValueError(msg)
     sam_state: SAMState = found[0]
+    if isinstance(sam_state.rho, float | int):  # Set by hand, as `optax.tree.set(state, rho=0.1)`.
+        sam_state = sam_state._replace(rho=jnp.asarray(sam_state.rho, jnp.float32))
     for path, value in optax.tree.get_all_with_path(state, "rho"):
         # `optax.inject_hyperparams` keeps the radius on its own; what a user writes there counts.
         if any(getattr(key, "name", None) == "hyperparams" for key in path):
-            sam_state = sam_state._replace(rho=jnp.asarray(value, sam_state.rho.dtype))
+            (rho,), (like,) = jax.tree.leaves(value), jax.tree.leaves(sam_state.rho)
+            sam_state = sam_state._replace(rho=jnp.asarray(rho, like.dtype))
     return sam_state
 
 
@@ -90,7 +93,7 @@ def radius(rho: Any, step: jax.Array, params: Any, current: jax.Array | None = N
     if callable(rho):
         rho = rho(step)
     elif current is not None and not isinstance(rho, jax.Array):
-        return current
+        return jnp.asarray(current)
     if current is not None:
         return jnp.asarray(rho, current.dtype)
     leaves = jax.tree.leaves(params)

@@ -185,6 +185,10 @@ def sam_value_and_grad(
         raw_params = args[argnums] if isinstance(argnums, int) else tuple(args[i] for i in positions)
         _checks.params(raw_params)
         _check_axis(axis_name)
+        if not isinstance(sam_state.step, jax.Array | np.ndarray):
+            # `flax.nnx.Optimizer` boxes every array of its state: the same leaves, unboxed.
+            structure = jax.tree.structure(jax.eval_shape(variant.init, raw_params))
+            sam_state = jax.tree.unflatten(structure, jax.tree.leaves(sam_state))
         params = varying(jax.tree.map(jnp.asarray, raw_params), axis_name)
 
         def loss_and_grad(params: optax.Params, batch: Sequence[Any]) -> Any:

@@ -30,6 +30,8 @@ class Row:
     static_args: tuple[str, ...] = ()
     # The name of the radius.
     radius: str = "rho"
+    # Arithmetic beyond the gradients, in operations per parameter: at most so much.
+    algebra: int = 20
     # Whether the direction scales with the loss.
     scale_invariant: bool = True
 
@@ -63,20 +65,18 @@ ROWS = (
         kwargs={"rho": 0.01, "ascent": _ASCENT.normalized(jnp.inf)},
         static_args=("ascent",),
     ),
-    _row("sam_pgd", optax_sam.sam, kwargs={"rho": 0.1, "steps": 3}, evaluations=(4,), static_args=("steps",)),
+    _row("sam_pgd", optax_sam.sam, algebra=36, kwargs={"rho": 0.1, "steps": 3}, evaluations=(4,)),
     _row(
         "sam_split",
         optax_sam.sam,
         kwargs={"rho": 0.1, "steps": 2, "step_mode": "split"},
         evaluations=(3,),
-        static_args=("steps",),
     ),
     _row(
         "sam_free",
         optax_sam.sam,
         kwargs={"rho": 0.1, "steps": 2, "step_mode": "free"},
         evaluations=(3,),
-        static_args=("steps",),
     ),
     _row(
         "usam",
@@ -110,11 +110,11 @@ ROWS = (
         },
         whole_optimizer=True,
         memory_copies=1,
-        static_args=("base_optimizer",),
     ),
     _row(
         "bsam",
         optax_sam.bsam,
+        algebra=125,
         kwargs={"learning_rate": 0.1, "num_data": 100, "rho": 0.05, "key": 3},
         whole_optimizer=True,
         memory_copies=2,
@@ -123,11 +123,17 @@ ROWS = (
         scale_invariant=False,
     ),
     _row(
-        "looksam", optax_sam.looksam, kwargs={"rho": 0.1, "k": 4}, evaluations=(2, 1, 1, 1), memory_copies=1
+        "looksam",
+        optax_sam.looksam,
+        algebra=25,
+        kwargs={"rho": 0.1, "k": 4},
+        evaluations=(2, 1, 1, 1),
+        memory_copies=1,
     ),
     _row(
         "looksam_per_leaf",
         optax_sam.looksam,
+        algebra=25,
         kwargs={"rho": 0.1, "k": 2, "per_leaf": True},
         evaluations=(2, 1),
         memory_copies=1,
@@ -135,10 +141,11 @@ ROWS = (
     _row(
         "same",
         optax_sam.same,
+        algebra=30,
         kwargs={"rho": 0.1, "gains": (2.0, 0.5, 1.5, 0.0), "clean_gains": (0.0, 0.5, 0.0, 1.0)},
     ),
-    _row("custom_same", optax_sam.custom_same, kwargs={"rho": 0.1, "condition": 2.0}),
-    _row("saner", optax_sam.saner, kwargs={"rho": 0.1, "keep": 0.5}),
+    _row("custom_same", optax_sam.custom_same, algebra=25, kwargs={"rho": 0.1, "condition": 2.0}),
+    _row("saner", optax_sam.saner, algebra=25, kwargs={"rho": 0.1, "keep": 0.5}),
     # One gradient and one Hessian-vector product: the loss is entered twice.
     _row("hessian_sam", optax_sam.hessian_sam, kwargs={"rho": 0.1}),
     _row(
@@ -151,7 +158,6 @@ ROWS = (
         "hessian_sam_difference",
         optax_sam.hessian_sam,
         kwargs={"rho": 0.1, "difference": 0.01},
-        static_args=("difference",),
     ),
     _row(
         "extragradient",

@@ -40,7 +40,7 @@ def bsam(
     weight_decay: float = 1e-4,
     damping: float = 0.1,
     initial_precision: float = 1.0,
-    key: int | jax.Array = 0,
+    key: int | jax.Array | None = None,
     update_precision_first: bool = False,
 ) -> SharpnessAwareTransformation:
     r"""Bayesian SAM: a whole optimizer, nothing comes after it.
@@ -69,9 +69,9 @@ def bsam(
       weight_decay: :math:`\delta`, the prior's precision divided by `num_data`; >= 0.
       damping: :math:`\gamma`, which bounds the precision from below; >= 0.
       initial_precision: The precision to begin with; > 0.
-      key: The seed of the noise, an integer or a random key, typed or raw. The noise of a step depends
-        on key and step alone, so nothing random is in the state. Under `optax.inject_hyperparams`
-        name it in `static_args`.
+      key: The seed of the noise, an integer or a random key, typed or raw; None for 0. The noise of a
+        step depends on key and step alone, so nothing random is in the state. Under
+        `optax.inject_hyperparams` name it in `static_args`.
       update_precision_first: Update s before w uses it, as one reading of the paper's algorithm has it;
         the published code does not.
 
@@ -110,7 +110,7 @@ def bsam(
     _checks.number("weight_decay", weight_decay, low=0.0)
     _checks.number("damping", damping, low=0.0)
     _checks.number("initial_precision", initial_precision, low=0.0, above=True)
-    seed = _checks.key("key", key)
+    seed = _checks.key("key", 0 if key is None else key)
 
     def init_memory(params: optax.Params) -> BSAMMemory:
         zeros = _tree.zeros_like(params)

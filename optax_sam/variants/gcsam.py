@@ -14,7 +14,7 @@ def gcsam(
     *,
     centralize_descent: bool = True,
     ascent: ascents.Ascent | None = None,
-    output_axis: int = -1,
+    output_axis: int | None = None,
 ) -> SharpnessAwareTransformation:
     r"""Gradient-centralized sharpness-aware minimization.
 
@@ -31,8 +31,8 @@ def gcsam(
       centralize_descent: Whether the perturbed gradient is centralized too.
       ascent: The ascent rule that receives the centralized gradient; None for
         `optax_sam.ascent.normalized()`.
-      output_axis: The axis of a leaf that is not averaged over: -1 in Flax and Haiku, 0 in layouts
-        taken over from PyTorch.
+      output_axis: The axis of a leaf that is not averaged over: -1 in Flax and Haiku, which None stands
+        for; 0 in layouts taken over from PyTorch.
 
     Returns:
       A sharpness-aware transformation. Two gradient evaluations a step, no state but scalars.
@@ -56,11 +56,12 @@ def gcsam(
       <https://arxiv.org/abs/2501.11584>`_, IEEE Access 2025; that the descent is centralized too is
       taken from a secondary source.
     """
+    axis = -1 if output_axis is None else output_axis
 
     def descent(gradients: SAMGradients, state: SAMState, params: optax.Params) -> tuple[optax.Updates, Any]:
         del params
         if not centralize_descent:
             return gradients.perturbed, state.memory
-        return ascents.centralize(gradients.perturbed, output_axis), state.memory
+        return ascents.centralize(gradients.perturbed, axis), state.memory
 
-    return sharpness_aware(rho, ascents.centralized(ascent, output_axis=output_axis), descent)
+    return sharpness_aware(rho, ascents.centralized(ascent, output_axis=axis), descent)

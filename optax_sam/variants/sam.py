@@ -9,7 +9,13 @@ import optax
 from optax_sam import _checks
 from optax_sam import ascent as ascents
 from optax_sam._objective import Evaluation, Objective
-from optax_sam._transformation import Evaluate, SAMState, SharpnessAwareTransformation, sharpness_aware
+from optax_sam._transformation import (
+    Evaluate,
+    SAMState,
+    SharpnessAwareTransformation,
+    perturb_once,
+    sharpness_aware,
+)
 
 
 def sam(
@@ -61,13 +67,16 @@ def sam(
     _checks.number("steps", steps, low=1, integer=True)
     _checks.choice("step_mode", step_mode, ("pgd", "split", "free"))
     rule = ascents.normalized() if ascent is None else ascent
-    return sharpness_aware(rho, rule, evaluate=None if steps == 1 else _climb(rule, steps, step_mode))
+    return sharpness_aware(rho, rule, evaluate=_climb(rule, steps, step_mode))
 
 
 def _climb(ascent: ascents.Ascent, steps: int, mode: str) -> Evaluate:
-    """Several ascent steps."""
+    """One ascent step or several."""
+    # Under `optax.inject_hyperparams` the number of steps is an array, in `update`, which does not climb.
+    if isinstance(steps, int) and steps == 1:
+        return perturb_once(ascent)
     length: Any = getattr(ascent, "length", None)
-    if mode == "pgd" and length is None:
+    if mode == "pgd" and length is None and isinstance(steps, int):
         msg = (
             "`step_mode='pgd'` projects to a ball, and this ascent rule has no norm to measure one. Write "
             "`step_mode='split'` or `'free'`, or give the rule a norm: "

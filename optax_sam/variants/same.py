@@ -89,16 +89,23 @@ def same(
     """
     _checks.numbers("gains", gains, 4, schedules=True)
     _checks.numbers("clean_gains", clean_gains, 4, schedules=True)
+    both = gains, clean_gains
+    uses_clean = not all(isinstance(g, int | float) and g == 0 for g in clean_gains)
 
     def descent(gradients: SAMGradients, state: SAMState, params: optax.Params) -> tuple[optax.Updates, Any]:
         del params
-        at_step = [[g(state.step) if callable(g) else g for g in each] for each in (gains, clean_gains)]
+        gain, clean_gain = ([g(state.step) if callable(g) else g for g in each] for each in both)
+
+        def pick(classes: RatioClasses, values: Sequence[Any], neutral: float) -> jax.Array:
+            picked = jnp.asarray(neutral)
+            for members, value in zip(classes[:4], values, strict=True):
+                picked = jnp.where(members, value, picked)
+            return picked
 
         def combine(clean: jax.Array, perturbed: jax.Array) -> jax.Array:
-            direction = perturbed
-            for members, gain, clean_gain in zip(ratio_classes(clean, perturbed)[:4], *at_step, strict=True):
-                direction = jnp.where(members, gain * perturbed + clean_gain * clean, direction)
-            return direction
+            classes = ratio_classes(clean, perturbed)
+            direction = pick(classes, gain, 1.0) * perturbed
+            return direction + pick(classes, clean_gain, 0.0) * clean if uses_clean else direction
 
         return jax.tree.map(combine, gradients.clean, gradients.perturbed), state.memory
 

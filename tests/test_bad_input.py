@@ -1,0 +1,268 @@
+"""Bad input is refused in words: each message names the argument, what was got, and what to write."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+import table
+
+import optax_sam
+
+SAM = optax_sam.sam(0.1)
+PARAMS = table.params()
+BASE = optax.sgd(0.1)
+
+CONSTRUCTORS: list[tuple[Any, type[Exception], str]] = [
+    (lambda: optax_sam.sam(-0.1), ValueError, r"`rho` must be a number in the range \[0.0, inf\), got -0.1"),
+    (lambda: optax_sam.sam(float("nan")), ValueError, "`rho` must be a number in the range .* got nan"),
+    (lambda: optax_sam.sam(float("inf")), ValueError, "`rho` must be .* got inf"),
+    (
+        lambda: optax_sam.sam("0.1"),
+        TypeError,
+        "`rho` must be a number or a schedule .* got '0.1' of type str",
+    ),
+    (lambda: optax_sam.sam(None), TypeError, "`rho` must be a number or a schedule"),
+    (lambda: optax_sam.sam(True), TypeError, "`rho` must be a number or a schedule"),
+    (
+        lambda: optax_sam.sam(steps=0),
+        ValueError,
+        r"`steps` must be an integer in the range \[1, inf\), got 0",
+    ),
+    (lambda: optax_sam.sam(steps=1.5), ValueError, "`steps` must be an integer"),
+    (lambda: optax_sam.sam(step_mode="pdg"), ValueError, "`step_mode` must be one of 'pgd', 'split', 'free'"),
+    (
+        lambda: optax_sam.sam(steps=2, ascent=optax_sam.ascent.unnormalized()),
+        ValueError,
+        "`step_mode='pgd'` projects to a ball, .*`step_mode='split'`",
+    ),
+    (lambda: optax_sam.asam(eta=-1.0), ValueError, "`eta` must be .* got -1.0"),
+    (lambda: optax_sam.asam(rho=-1.0), ValueError, "`rho`"),
+    (lambda: optax_sam.gcsam(rho=-1.0), ValueError, "`rho`"),
+    (lambda: optax_sam.gsam(alpha=-0.1), ValueError, "`alpha` must be .* got -0.1"),
+    (lambda: optax_sam.gsam(objective="fp"), ValueError, "`objective` must be one of 'perturbed', 'clean'"),
+    (
+        lambda: optax_sam.wsam(gamma=1.0),
+        ValueError,
+        r"`gamma` must be a number in the range \[0.0, 1.0\), got 1.0",
+    ),
+    (
+        lambda: optax_sam.wsam(gamma=0.9, alpha=1.0),
+        ValueError,
+        "give one of them, got gamma=0.9 and alpha=1.0",
+    ),
+    (lambda: optax_sam.wsam(alpha=-1.0), ValueError, "`alpha`"),
+    (lambda: optax_sam.decoupled_wsam(0.1, 0.1), TypeError, "`base_optimizer` must be an Optax optimizer"),
+    (lambda: optax_sam.decoupled_wsam(BASE, -0.1), ValueError, "`learning_rate` must be"),
+    (lambda: optax_sam.decoupled_wsam(BASE, 0.1, gamma=0.9, alpha=1.0), ValueError, "give one of them"),
+    (
+        lambda: optax_sam.bsam(0.1, 0),
+        ValueError,
+        r"`num_data` must be an integer in the range \[1, inf\), got 0",
+    ),
+    (lambda: optax_sam.bsam(-0.1, 1), ValueError, "`learning_rate`"),
+    (lambda: optax_sam.bsam(0.1, 1, b1=1.0), ValueError, r"`b1` must be .*\[0.0, 1.0\)"),
+    (lambda: optax_sam.bsam(0.1, 1, b2=-0.1), ValueError, "`b2`"),
+    (lambda: optax_sam.bsam(0.1, 1, weight_decay=-1.0), ValueError, "`weight_decay`"),
+    (lambda: optax_sam.bsam(0.1, 1, damping=-1.0), ValueError, "`damping`"),
+    (
+        lambda: optax_sam.bsam(0.1, 1, initial_precision=0.0),
+        ValueError,
+        r"`initial_precision` must be .*\(0.0, inf\)",
+    ),
+    (
+        lambda: optax_sam.bsam(0.1, 1, key="a"),
+        TypeError,
+        r"`key` must be a random key such as `jax.random.key\(0\)`",
+    ),
+    (lambda: optax_sam.bsam(0.1, 1, key=jnp.ones(3)), TypeError, "`key` must be a random key"),
+    (lambda: optax_sam.looksam(k=0), ValueError, r"`k` must be an integer in the range \[1, inf\), got 0"),
+    (lambda: optax_sam.looksam(alpha=-1.0), ValueError, "`alpha`"),
+    (
+        lambda: optax_sam.same(gains=(1, 2, 3)),
+        ValueError,
+        r"`gains` must be a tuple of 4 numbers, got \(1, 2, 3\)",
+    ),
+    (lambda: optax_sam.same(clean_gains=(1, 2, 3, 4, 5)), ValueError, "`clean_gains` must be a tuple of 4"),
+    (lambda: optax_sam.same(gains=(1, 2, 3, "a")), TypeError, r"`gains\[3\]` must be a number"),
+    (lambda: optax_sam.custom_same(condition=0.0), ValueError, "`condition`"),
+    (lambda: optax_sam.saner(keep=-0.5), ValueError, "`keep`"),
+    (lambda: optax_sam.hessian_sam(difference=0.0), ValueError, r"`difference` must be .*\(0.0, inf\)"),
+    (lambda: optax_sam.extragradient(-0.1), ValueError, "`step_size` must be"),
+    (lambda: optax_sam.extragradient(weights=(1.0,)), ValueError, "`weights` must be a tuple of 2 numbers"),
+    (lambda: optax_sam.ire(None), TypeError, "`base_optimizer` must be an Optax optimizer"),
+    (lambda: optax_sam.ire(BASE, -1.0), ValueError, "`kappa`"),
+    (
+        lambda: optax_sam.ire(BASE, flat_fraction=1.1),
+        ValueError,
+        r"`flat_fraction` must be .*\[0.0, 1.0\], got 1.1",
+    ),
+    (lambda: optax_sam.ire(BASE, interval=0), ValueError, "`interval`"),
+    (lambda: optax_sam.ire(BASE, start_step=-1), ValueError, "`start_step`"),
+    (
+        lambda: optax_sam.ascent.normalized(1.0),
+        ValueError,
+        r"`ord` must be a number in the range \(1.0, inf\)",
+    ),
+    (lambda: optax_sam.ascent.normalized(eps=-1.0), ValueError, "`eps`"),
+    (
+        lambda: optax_sam.ascent.adaptive(granularity="row"),
+        ValueError,
+        "`granularity` must be one of 'elementwise'",
+    ),
+    (
+        lambda: optax_sam.ascent.masked(True, norm="some"),
+        ValueError,
+        "`norm` must be one of 'selected', 'all'",
+    ),
+    (lambda: optax_sam.ascent.fisher(-1.0), ValueError, "`eta`"),
+    (lambda: optax_sam.ascent.extrapolated(-1.0), ValueError, "`step_size`"),
+    (
+        lambda: optax_sam.schedules.rho_from_learning_rate(0.1, 0.5, lr_max=1.0),  # pyright: ignore
+        TypeError,
+        "`learning_rate` must be a schedule, .* got 0.1",
+    ),
+    (
+        lambda: optax_sam.schedules.rho_from_learning_rate(lambda _: 0.1, 0.5, 0.6, lr_max=1.0),
+        ValueError,
+        r"`rho_max` must be a number in the range \[0.6, inf\), got 0.5",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "words"), CONSTRUCTORS)
+def test_constructors(call: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        call()
+
+
+def evaluate(variant: Any = SAM, state: Any = None, params: Any = None, **options: Any) -> Any:
+    params = PARAMS if params is None else params
+    state = optax.chain(SAM, BASE).init(params) if state is None else state
+    return optax_sam.sam_value_and_grad(table.loss, variant, **options)(params, table.batch(), state=state)
+
+
+CHAIN = optax.chain(SAM, BASE)
+TWICE = optax.chain(SAM, optax_sam.gsam(), BASE)
+
+CALLS: list[tuple[Any, type[Exception], str]] = [
+    (lambda: evaluate(CHAIN), TypeError, "`variant` must be the bare variant, .*A chain, .* no longer knows"),
+    (lambda: evaluate(BASE), TypeError, "`variant` must be the bare variant"),
+    (
+        lambda: optax_sam.sam_value_and_grad(table.loss, optax.inject_hyperparams(optax_sam.sam)(0.1)),
+        TypeError,
+        "any other wrapper",
+    ),
+    (
+        lambda: optax_sam.sam_value_and_grad(None, SAM),
+        TypeError,
+        "`fun` must be the loss, a function, got NoneType",
+    ),
+    (
+        lambda: optax_sam.sam_value_and_grad(table.loss, SAM)(PARAMS, table.batch()),
+        TypeError,
+        "`state=opt_state`",
+    ),
+    (lambda: evaluate(state=BASE.init(PARAMS)), ValueError, r"holds no state .* `tx = optax.chain\(variant"),
+    (lambda: evaluate(state=TWICE.init(PARAMS)), ValueError, "states of 2 sharpness-aware variants"),
+    (lambda: evaluate(perturbation="globl"), ValueError, "`perturbation` must be one of 'global', 'local'"),
+    (lambda: evaluate(perturbation="local"), ValueError, "`perturbation='local'` needs `axis_name=`"),
+    (lambda: evaluate(argnums=5), TypeError, "`argnums` is 5, but only 2 positional arguments"),
+    (
+        lambda: evaluate(state=SAM.init(PARAMS), params={"n": jnp.arange(3)}),
+        TypeError,
+        r"got dtype int32 at \['n'\]: pass it to the loss as another argument",
+    ),
+    (
+        lambda: evaluate(state=SAM.init(PARAMS), params={"z": jnp.ones(3, jnp.complex64)}),
+        TypeError,
+        "got dtype complex64 .*: split it into a real and an imaginary leaf",
+    ),
+    (lambda: evaluate(state=SAM.init(PARAMS), params={"name": "mlp"}), TypeError, "got 'mlp' of type str at"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "words"), CALLS)
+def test_calls(call: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        call()
+
+
+def update(updates: Any, params: Any = PARAMS, **kwargs: Any) -> Any:
+    return SAM.update(updates, SAM.init(PARAMS), params, **kwargs)
+
+
+SMALLER = {"layer": PARAMS["layer"]}
+OTHER_SHAPE = {**PARAMS, "scale": jnp.ones(2)}
+
+UPDATES: list[tuple[Any, type[Exception], str]] = [
+    (
+        lambda: update(PARAMS),
+        TypeError,
+        r"needs two gradients .*sam_value_and_grad.*clean_updates=grads.clean",
+    ),
+    (lambda: update(jnp.ones(3)), TypeError, "needs two gradients and got a single one"),
+    (lambda: update({"clean": PARAMS}), TypeError, "lost its perturbed half: flax.nnx drops it"),
+    (
+        lambda: update(optax_sam.SAMGradients(PARAMS, SMALLER)),
+        ValueError,
+        "The perturbed gradient must have the structure of params",
+    ),
+    (
+        lambda: update(optax_sam.SAMGradients(SMALLER, PARAMS)),
+        ValueError,
+        "The clean gradient must have the structure of params",
+    ),
+    (
+        lambda: update(optax_sam.SAMGradients(PARAMS, OTHER_SHAPE)),
+        ValueError,
+        r"must have the shapes of params, got \(2,\) at \['scale'\], where params have \(\)",
+    ),
+    (
+        lambda: update(PARAMS, clean_updates=OTHER_SHAPE),
+        ValueError,
+        "The clean gradient must have the shapes",
+    ),
+    (
+        lambda: update(optax_sam.SAMGradients(PARAMS, SMALLER), None),
+        ValueError,
+        "The clean gradient must have",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "words"), UPDATES)
+def test_updates(call: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_bsam_needs_params() -> None:
+    variant = optax_sam.bsam(0.1, 10)
+    with pytest.raises(ValueError, match="`bsam` needs the params"):
+        variant.update(optax_sam.SAMGradients(PARAMS, PARAMS), variant.init(PARAMS))
+
+
+def test_bsam_sample_needs_its_state() -> None:
+    with pytest.raises(ValueError, match=r"`state` must be the state of `optax_sam.bsam`"):
+        optax_sam.bsam_sample(jax.random.key(0), PARAMS, SAM.init(PARAMS), 10)
+
+
+def test_params_with_keys_of_the_pair() -> None:
+    """Params that happen to be called clean and perturbed are not taken for a pair of gradients."""
+    params = {"clean": jnp.ones(2), "perturbed": jnp.ones(3)}
+    with pytest.raises(TypeError, match="needs two gradients"):
+        SAM.update(params, SAM.init(params), params)
+
+
+def test_transformations_before_the_variant() -> None:
+    """What looks at one tree at a time fails on a pair; what would act on both halves at once is documented."""
+    variant, params = SAM, PARAMS
+    _, grads = optax_sam.sam_value_and_grad(table.loss, variant)(
+        params, table.batch(), state=variant.init(params)
+    )
+    for before in (optax.scale_by_adam(), optax.trace(0.9), optax.add_decayed_weights(0.1)):
+        tx = optax.chain(before, variant)
+        with pytest.raises(Exception, match=r"(?i)structure|mismatch|prefix|arity|custom node"):
+            tx.update(grads, tx.init(params), params)

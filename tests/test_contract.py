@@ -1,0 +1,475 @@
+"""What every variant must be: a good citizen of Optax and of JAX's transformations."""
+
+import pickle
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import table
+from table import ROWS, Row
+
+import optax_sam
+
+every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+
+
+def train_step(row: Row, base: Any = None, loss: Any = table.loss, **options: Any) -> tuple[Any, Any]:
+    """The step that a user writes, and the optimizer."""
+    variant, tx = row.optimizer(base)
+    value_and_grad = optax_sam.sam_value_and_grad(loss, variant, **options)
+
+    def step(params: Any, state: Any, batch: Any) -> Any:
+        value, grads = value_and_grad(params, batch, state=state)[:2]
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return step, tx
+
+
+def run(step: Any, tx: Any, steps: int, params: Any = None) -> Any:
+    params = table.params() if params is None else params
+    state, value = tx.init(params), None
+    for i in range(steps):
+        params, state, value = step(params, state, table.batch(seed=i))
+    return params, state, value
+
+
+class TransformedTest(chex.TestCase):
+    """Eager, jitted, jitted twice over, on a device and by pmap: the same numbers."""
+
+    @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True, with_pmap=True)
+    def test_same_numbers(self) -> None:
+        for row in ROWS:
+            step, tx = train_step(row)
+            params = table.params()
+            expected = step(params, tx.init(params), table.batch())
+            actual = self.variant(step)(params, tx.init(params), table.batch())
+            chex.assert_trees_all_close(actual, expected, rtol=2e-5, atol=2e-6)
+
+
+@every_row
+def test_scan_equals_the_loop(row: Row) -> None:
+    step, tx = train_step(row)
+    batches = jnp.stack([table.batch(seed=i) for i in range(5)])
+
+    @jax.jit
+    def scanned(params: Any, state: Any) -> Any:
+        def body(carry: Any, batch: Any) -> Any:
+            *carry, value = step(*carry, batch)
+            return tuple(carry), value
+
+        return jax.lax.scan(body, (params, state), batches)
+
+    (params, _), values = scanned(table.params(), tx.init(table.params()))
+    expected, _, value = run(jax.jit(step), tx, 5)
+    chex.assert_trees_all_close(params, expected, rtol=2e-4, atol=1e-5)
+    np.testing.assert_allclose(values[-1], value, rtol=2e-4)
+
+
+@every_row
+def test_traces_once(row: Row) -> None:
+    """One trace of the step in six calls, and one trace of the loss in it, however often it is evaluated."""
+    traces = []
+
+    def loss(params: Any, batch: Any) -> Any:
+        traces.append(1)
+        return table.loss(params, batch)
+
+    step, tx = train_step(row, loss=loss)
+    run(jax.jit(chex.assert_max_traces(step, 1)), tx, 6)
+    assert len(traces) == 1
+
+
+@every_row
+def test_evaluations(row: Row) -> None:
+    """Gradients that were really evaluated, counted while the compiled program runs."""
+    count = []
+
+    @jax.custom_jvp
+    def counted(x: jax.Array) -> jax.Array:
+        return x
+
+    @counted.defjvp
+    def counted_jvp(primals: Any, tangents: Any) -> Any:
+        jax.debug.callback(lambda: count.append(1))
+        return primals[0], tangents[0]
+
+    def loss(params: Any, batch: Any) -> Any:
+        return counted(table.loss(params, batch))
+
+    step, tx = train_step(row, loss=loss)
+    jitted = jax.jit(step)
+    params = table.params()
+    state = tx.init(params)
+    seen = []
+    for i in range(2 * len(row.evaluations)):
+        params, state, _ = jitted(params, state, table.batch(seed=i))
+        jax.effects_barrier()
+        seen.append(len(count))
+        count.clear()
+    assert tuple(seen) == 2 * row.evaluations
+
+
+def test_looksam_saves_its_evaluations() -> None:
+    """k = 4: ten gradients in eight steps."""
+    assert sum(2 * table.BY_NAME["looksam"].evaluations) == 10
+
+
+@every_row
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_structure_shape_and_dtype(row: Row, dtype: Any) -> None:
+    variant, _ = row.optimizer()
+    params = table.params(dtype)
+    before = jax.tree.map(jnp.copy, params)
+    state = variant.init(params)
+    batch = table.batch(dtype=dtype)
+    value_and_grad = jax.jit(optax_sam.sam_value_and_grad(table.loss, variant, return_metrics=True))
+    value, grads, metrics = value_and_grad(params, batch, state=state)
+    direction, new_state = jax.jit(variant.update)(grads, state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(grads.clean, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(grads.perturbed, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(direction, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+    chex.assert_trees_all_equal(params, before)
+    chex.assert_tree_all_finite((direction, new_state))
+    assert value.dtype == dtype
+    assert all(x.dtype == jnp.float32 and x.shape == () for x in metrics)
+    if not row.whole_optimizer:  # Whose base optimizer keeps the dtypes that it likes.
+        memory = [x for x in jax.tree.leaves(new_state.memory) if jnp.issubdtype(x.dtype, jnp.floating)]
+        assert all(x.dtype == jnp.float32 for x in memory)
+
+
+@every_row
+def test_memory(row: Row) -> None:
+    """As many copies of the params as the row says, and no hidden ones."""
+    params = table.params()
+    state = row.make().init(params)
+    size = sum(x.size for x in jax.tree.leaves(params))
+    assert sum(x.size for x in jax.tree.leaves(state.memory)) == row.memory_copies * size
+    assert state.step.dtype == jnp.int32
+    assert state.rho.dtype == jnp.float32
+
+
+@every_row
+def test_zero_gradient(row: Row) -> None:
+    """No NaN at a point where nothing moves."""
+    step, tx = train_step(row, loss=lambda params, batch: 0.0 * table.loss(params, batch))
+    params, state, _ = run(step, tx, 3)
+    chex.assert_tree_all_finite((params, state))
+
+
+@every_row
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_bad_gradient_spoils_one_step_only(row: Row, bad: float) -> None:
+    """The memory outlives a step whose gradient is not finite."""
+    variant = row.make()
+    value_and_grad = optax_sam.sam_value_and_grad(table.loss, variant)
+    params = table.params()
+    _, state = variant.update(
+        value_and_grad(params, table.batch(), state=variant.init(params))[1], variant.init(params), params
+    )
+    spoiled = table.batch(seed=2).at[0, 0].set(bad)
+    _, grads = value_and_grad(params, spoiled, state=state)
+    assert not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(grads))
+    _, after = variant.update(grads, state, params)
+    chex.assert_trees_all_equal(after.memory, state.memory)
+    _, grads = value_and_grad(params, table.batch(seed=3), state=after)
+    direction, last = variant.update(grads, after, params)
+    chex.assert_tree_all_finite((grads, direction, last))
+
+
+@every_row
+def test_unknown_extra_args_are_ignored(row: Row) -> None:
+    variant, tx = row.optimizer()
+    params = table.params()
+    state = tx.init(params)
+    _, grads = optax_sam.sam_value_and_grad(table.loss, variant)(params, table.batch(), state=state)
+    plain = tx.update(grads, state, params)
+    extra = tx.update(grads, state, params, value=1.0, something_else="ignored")
+    chex.assert_trees_all_equal(plain, extra)
+
+
+@every_row
+def test_second_door(row: Row) -> None:
+    """Params-shaped updates with `clean_updates=`: what wrappers from outside need."""
+    variant, tx = row.optimizer()
+    params = table.params()
+    state = tx.init(params)
+    _, grads = optax_sam.sam_value_and_grad(table.loss, variant)(params, table.batch(), state=state)
+    first = tx.update(grads, state, params)
+    second = tx.update(grads.perturbed, state, params, clean_updates=grads.clean, statistics=grads.statistics)
+    chex.assert_trees_all_equal(first, second)
+    mapping = {"clean": grads.clean, "perturbed": grads.perturbed, "statistics": grads.statistics}
+    chex.assert_trees_all_equal(first, tx.update(mapping, state, params))
+
+
+@every_row
+def test_nested_and_named_chains(row: Row) -> None:
+    variant = row.make()
+    if row.whole_optimizer:
+        nested: Any = optax.chain(optax.chain(variant))
+        named: Any = optax.named_chain(("variant", variant))
+    else:
+        base = optax.sgd(0.1, momentum=0.9)
+        nested = optax.chain(optax.chain(optax.chain(variant, optax.clip_by_global_norm(1e9)), base))
+        named = optax.named_chain(("variant", variant), ("base", base))
+    step, tx = train_step(row)
+    expected, _, _ = run(jax.jit(step), tx, 3)
+    for wrapped in (nested, named):
+        value_and_grad = optax_sam.sam_value_and_grad(table.loss, variant)
+
+        def wrapped_step(
+            params: Any, state: Any, batch: Any, vag: Any = value_and_grad, tx: Any = wrapped
+        ) -> Any:
+            value, grads = vag(params, batch, state=state)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state, value
+
+        actual, _, _ = run(jax.jit(wrapped_step), wrapped, 3)
+        chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@every_row
+def test_inject_hyperparams(row: Row) -> None:
+    """The same numbers with all hyperparameters in the state, and a radius that a user can change there."""
+    step, tx = train_step(row)
+    expected, _, _ = run(jax.jit(step), tx, 3)
+    variant = row.make()
+    injected = optax.inject_hyperparams(row.constructor, static_args=row.static_args)(**row.kwargs)
+    tx = injected if row.whole_optimizer else optax.chain(injected, optax.sgd(0.1, momentum=0.9))
+    value_and_grad = optax_sam.sam_value_and_grad(table.loss, variant, return_metrics=True)
+
+    @jax.jit
+    def injected_step(params: Any, state: Any, batch: Any) -> Any:
+        _, grads, metrics = value_and_grad(params, batch, state=state)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, metrics
+
+    params, state, metrics = run(injected_step, tx, 3)
+    chex.assert_trees_all_close(params, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(metrics.rho, row.kwargs[row.radius], rtol=1e-6)
+    state = optax.tree.set(state, **{row.radius: jnp.asarray(0.02)})
+    _, state, metrics = injected_step(params, state, table.batch())
+    _, _, later = injected_step(params, state, table.batch())
+    np.testing.assert_allclose(later.rho, 0.02, rtol=1e-6)
+    if row.radius == "rho":  # Found under its name at once, and not only after an update.
+        np.testing.assert_allclose(metrics.rho, 0.02, rtol=1e-6)
+
+
+@every_row
+def test_apply_if_finite_leaves_bad_steps_out(row: Row) -> None:
+    """By the second door: a run with bad batches equals the run without them, state included."""
+    variant, tx = row.optimizer()
+    tx = optax.apply_if_finite(tx, max_consecutive_errors=5)
+    value_and_grad = optax_sam.sam_value_and_grad(table.loss, variant)
+
+    @jax.jit
+    def step(params: Any, state: Any, batch: Any) -> Any:
+        _, grads = value_and_grad(params, batch, state=state)
+        updates, state = tx.update(
+            grads.perturbed, state, params, clean_updates=grads.clean, statistics=grads.statistics
+        )
+        return optax.apply_updates(params, updates), state
+
+    good = [table.batch(seed=i) for i in range(4)]
+    bad = [good[0].at[0].set(jnp.nan), good[0].at[0].set(jnp.inf)]
+    ends = []
+    for batches in (good, [good[0], bad[0], good[1], bad[1], bad[0], good[2], good[3]]):
+        params = table.params()
+        state = tx.init(params)
+        for batch in batches:
+            params, state = step(params, state, batch)
+        ends.append((params, state.inner_state))
+    chex.assert_trees_all_equal(*ends)
+
+
+@every_row
+def test_multi_steps_after_the_variant(row: Row) -> None:
+    """`chain(variant, MultiSteps(base, 2))` applies the mean direction of two steps at the same params."""
+    if row.whole_optimizer:
+        with pytest.raises(Exception, match="structure"):  # MultiSteps around the pair fails loudly.
+            tx = optax.MultiSteps(row.make(), 2).gradient_transformation()
+            value_and_grad = optax_sam.sam_value_and_grad(table.loss, row.make())
+            params = table.params()
+            state = tx.init(params)
+            tx.update(value_and_grad(params, table.batch(), state=state)[1], state, params)
+        return
+    step, tx = train_step(row, base=optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation())
+    params = table.params()
+    once, state, _ = step(params, tx.init(params), table.batch(seed=0))
+    chex.assert_trees_all_equal(once, params)
+    twice, _, _ = step(once, state, table.batch(seed=1))
+    variant = row.make()
+    state, directions = variant.init(params), []
+    for i in range(2):
+        _, grads = optax_sam.sam_value_and_grad(table.loss, variant)(params, table.batch(seed=i), state=state)
+        direction, state = variant.update(grads, state, params)
+        directions.append(direction)
+    expected = jax.tree.map(lambda w, a, b: w - 0.1 * (a + b) / 2, params, *directions)
+    chex.assert_trees_all_close(twice, expected, rtol=1e-5, atol=1e-6)
+
+
+@every_row
+def test_map_params(row: Row) -> None:
+    """`optax.tree.map_params` reaches what is shaped like params, and nothing else."""
+    tx = row.optimizer()[1]
+    state = tx.init(table.params())
+    marked = optax.tree.map_params(tx, lambda x: jnp.full_like(x, 7.0), state)
+    found = optax.tree.get(marked, "SAMState")
+    assert found.step == 0
+    chex.assert_trees_all_equal(found.rho, optax.tree.get(state, "SAMState").rho)
+    assert all(bool(jnp.all(x == 7.0)) for x in jax.tree.leaves(found.memory))
+
+
+@every_row
+def test_state_is_found_in_wrappers(row: Row) -> None:
+    """However deep the state lies, the numbers are those of the bare state."""
+    variant, tx = row.optimizer()
+    params = table.params()
+    value_and_grad = optax_sam.sam_value_and_grad(table.loss, variant)
+    expected = value_and_grad(params, table.batch(), state=variant.init(params))
+    wrappers = [
+        optax.apply_if_finite(tx, 3),
+        optax.masked(tx, jax.tree.map(lambda _: True, params)),
+        optax.MultiSteps(tx, 2).gradient_transformation(),
+        optax.partition({"all": tx}, jax.tree.map(lambda _: "all", params)),
+    ]
+    for wrapper in wrappers:
+        chex.assert_trees_all_equal(
+            value_and_grad(params, table.batch(), state=wrapper.init(params)), expected
+        )
+
+
+@every_row
+def test_vmap_over_seeds_and_over_rho(row: Row) -> None:
+    """An ensemble in one program."""
+    many = jax.vmap(lambda seed: table.params(seed=seed))(jnp.arange(3))
+    radii = jnp.array([0.01, 0.05, 0.2])
+
+    def one(params: Any, rho: Any) -> Any:
+        variant, tx = row.optimizer(**{row.radius: rho})
+        _, grads = optax_sam.sam_value_and_grad(table.loss, variant)(
+            params, table.batch(), state=tx.init(params)
+        )
+        return tx.update(grads, tx.init(params), params)[0]
+
+    together = jax.vmap(one)(many, radii)
+    for i in range(3):
+        alone = one(jax.tree.map(lambda x, i=i: x[i], many), radii[i])
+        chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], together), alone, rtol=1e-4, atol=1e-5)
+
+
+@every_row
+def test_radius_of_a_schedule(row: Row) -> None:
+    """The schedule is evaluated at the variant's own step, without a lag."""
+    row_kwargs = {row.radius: lambda step: 0.01 * (step + 1)}
+    variant, tx = row.optimizer(**row_kwargs)
+    value_and_grad = optax_sam.sam_value_and_grad(table.loss, variant, return_metrics=True)
+    params = table.params()
+    state = tx.init(params)
+    for i in range(3):
+        _, grads, metrics = value_and_grad(params, table.batch(), state=state)
+        np.testing.assert_allclose(metrics.rho, 0.01 * (i + 1), rtol=1e-6)
+        _, state = tx.update(grads, state, params)
+
+
+@every_row
+def test_radius_changed_at_run_time(row: Row) -> None:
+    """`optax.tree.set` changes a constant radius for good, without a new trace."""
+    variant, tx = row.optimizer()
+    value_and_grad = optax_sam.sam_value_and_grad(table.loss, variant, return_metrics=True)
+
+    @jax.jit
+    @chex.assert_max_traces(1)
+    def step(params: Any, state: Any) -> Any:
+        _, grads, metrics = value_and_grad(params, table.batch(), state=state)
+        return *tx.update(grads, state, params), metrics
+
+    params = table.params()
+    _, state, first = step(params, tx.init(params))
+    np.testing.assert_allclose(first.rho, row.kwargs[row.radius], rtol=1e-6)
+    state = optax.tree.set(state, rho=jnp.array(0.03))
+    for _ in range(2):
+        _, state, metrics = step(params, state)
+        np.testing.assert_allclose(metrics.rho, 0.03, rtol=1e-6)
+
+
+@every_row
+def test_copies_and_pickles_keep_the_rule(row: Row) -> None:
+    import copy
+
+    variant = row.make()
+    assert len(variant) == 2
+    for other in (copy.copy(variant), copy.deepcopy(variant)):
+        assert other.evaluate is variant.evaluate
+
+
+def test_pickle_of_the_state() -> None:
+    for row in ROWS:
+        state = row.optimizer()[1].init(table.params())
+        chex.assert_trees_all_equal(pickle.loads(pickle.dumps(state)), state)
+
+
+@every_row
+def test_loss_scale(row: Row) -> None:
+    """Scaling the loss for the derivative, and unscaling, changes nothing, for no variant."""
+    variant = row.make()
+    params = table.params()
+    value_and_grad = optax_sam.sam_value_and_grad(table.loss, variant)
+    plain = value_and_grad(params, table.batch(), state=variant.init(params))
+    scaled = value_and_grad(params, table.batch(), state=variant.init(params), loss_scale=1024.0)
+    chex.assert_trees_all_close(scaled, plain, rtol=1e-5, atol=1e-6)
+
+
+@every_row
+def test_scale_of_the_loss(row: Row) -> None:
+    """Whether the perturbation is invariant to the scale of the loss is as the row says."""
+    variant = row.make()
+    params = table.params()
+
+    def perturbed(scale: float) -> Any:
+        value_and_grad = optax_sam.sam_value_and_grad(lambda p, b: scale * table.loss(p, b), variant)
+        _, grads = value_and_grad(params, table.batch(), state=variant.init(params))
+        return jax.tree.map(lambda g: g / scale, grads.perturbed)
+
+    a, b = jax.tree.leaves(perturbed(1.0)), jax.tree.leaves(perturbed(50.0))
+    same = all(np.allclose(x, y, rtol=1e-4, atol=1e-5) for x, y in zip(a, b, strict=True))
+    assert same == row.scale_invariant
+
+
+@every_row
+def test_works_on_all_kinds_of_pytrees(row: Row) -> None:
+    """Tuples, None, empty trees and scalars in params; a bare array as params."""
+    variant = row.make()
+    for params in (
+        jnp.array([1.0, 2.0, 3.0]),
+        (jnp.ones((2, 3)), None, {"a": {}, "b": jnp.asarray(2.0)}),
+        [jnp.ones((0, 3)), jnp.ones((1,))],
+    ):
+
+        def loss(params: Any) -> Any:
+            return sum(jnp.sum(jnp.sin(x) * x) for x in jax.tree.leaves(params))
+
+        state = variant.init(params)
+        _, grads = optax_sam.sam_value_and_grad(loss, variant)(params, state=state)
+        direction, state = variant.update(grads, state, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(direction, params)
+        chex.assert_tree_all_finite((direction, state))
+
+
+@every_row
+def test_differentiable(row: Row) -> None:
+    """A step can be differentiated, for learning what the step depends on."""
+    step, tx = train_step(row)
+
+    def outcome(params: Any) -> Any:
+        after, _, _ = step(params, tx.init(params), table.batch())
+        return table.loss(after, table.batch(seed=5))
+
+    gradient = jax.grad(outcome)(table.params())
+    chex.assert_tree_all_finite(gradient)
+    assert any(bool(jnp.any(x != 0)) for x in jax.tree.leaves(gradient))

@@ -1,0 +1,145 @@
+"""The README tells the truth: its code runs, prints what stands there, and its tables are complete."""
+
+import contextlib
+import inspect
+import io
+import pathlib
+import re
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+import pytest
+import table
+
+import optax_sam
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def section(title: str) -> str:
+    return README.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def cells(text: str, column: int) -> list[str]:
+    """A column of the tables in a text, without their heads."""
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("|")]
+    return [row[column].strip() for row in rows if not set(row[0]) <= set("-: ") and row[0].strip()[0] == "`"]
+
+
+def test_code_runs_and_prints_what_stands_there() -> None:
+    namespace: dict[str, Any] = {}
+    blocks = BLOCK.findall(README)
+    executed = 0
+    for i, (language, code) in enumerate(blocks):
+        if language != "python":
+            continue
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, f"README.md, block {i}", "exec"), namespace)
+        executed += 1
+        following = blocks[i + 1] if i + 1 < len(blocks) else ("", "")
+        expected = following[1] if following[0] == "text" else ""
+        assert printed.getvalue() == expected, f"block {i} prints\n{printed.getvalue()}"
+    assert executed >= 15
+
+
+def test_table_of_variants_is_complete() -> None:
+    """The API, the README's table and the table of the tests name the same variants."""
+    in_readme = {name.strip("`") for name in cells(section("The variants").split("ascent rule")[0], 0)}
+    public = {
+        name
+        for name, value in vars(optax_sam).items()
+        if inspect.isfunction(value)
+        and inspect.signature(value).return_annotation is not inspect.Signature.empty
+        and any(
+            words in str(inspect.signature(value).return_annotation)
+            for words in ("SharpnessAwareTransformation", "GradientTransformationExtraArgs")
+        )
+    } - {"sharpness_aware"}
+    tested = {row.constructor.__name__ for row in table.ROWS} | {"ire"}
+    assert in_readme == public == tested
+
+
+def test_table_of_ascent_rules_is_complete() -> None:
+    in_readme = {
+        cell.strip("`").split("(")[0] for cell in cells(section("The variants").split("ascent rule")[1], 0)
+    }
+    public = {
+        name
+        for name, value in vars(optax_sam.ascent).items()
+        if inspect.isfunction(value) and "AscentRule" in str(inspect.signature(value).return_annotation)
+    }
+    assert in_readme == public
+
+
+KERAS = section("Coming from Keras")
+
+
+@pytest.mark.parametrize(("name", "code"), list(zip(cells(KERAS, 0), cells(KERAS, 1), strict=True)))
+def test_keras_parameter(name: str, code: str) -> None:
+    """Every line of the table is run, and what makes an optimizer takes a step."""
+    params = {"w": jnp.ones((3,))}
+
+    def loss(params: Any, batch: Any) -> Any:
+        return jnp.mean((batch @ params["w"]) ** 2)
+
+    sam = optax_sam.sam()
+    namespace = {
+        "optax": optax,
+        "optax_sam": optax_sam,
+        "jnp": jnp,
+        "base": optax.sgd(0.1),
+        "params": params,
+        "averages": params,
+        "step": 100,
+        "batch": jnp.ones((4, 3)),
+        "opt_state": sam.init(params),
+        "value_and_grad": optax_sam.sam_value_and_grad(loss, sam),
+    }
+    code = code.strip("`")
+    try:
+        made = eval(code, namespace)
+    except SyntaxError:
+        exec(code, namespace)
+        return
+    for tx in made if isinstance(made, tuple) and not hasattr(made, "init") else (made,):
+        if hasattr(tx, "init"):
+            grads = optax_sam.SAMGradients(params, params)
+            tx.update(grads, tx.init(params), params)
+
+
+def test_keras_table_names_every_parameter() -> None:
+    wanted = """base_optimizer rho adaptive use_gc perturb_eps clipnorm clipvalue global_clipnorm use_ema ema_momentum
+    ema_overwrite_frequency loss_scale_factor gradient_accumulation_steps rho_scheduler alpha k num_data lr beta1 beta2
+    weight_decay damping step name"""
+    assert {cell.strip("`") for cell in cells(KERAS, 0)} == set(wanted.split())
+
+
+def test_pictures_exist() -> None:
+    for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
+        assert (ROOT / target).is_file()
+
+
+def test_public_docstrings() -> None:
+    """Everything public says what it does, with an example where it can be called."""
+    for module in (optax_sam, optax_sam.ascent, optax_sam.schedules, optax_sam.sharpness):
+        for name, value in vars(module).items():
+            if not inspect.isfunction(value) or module not in (optax_sam, inspect.getmodule(value)):
+                continue
+            for part in ("Args:", "Returns:", "Examples:", "References:"):
+                if part == "Args:" and not inspect.signature(value).parameters:
+                    continue
+                if part == "References:" and name == "sharpness_aware":
+                    continue
+                assert part in (value.__doc__ or ""), f"{module.__name__}.{name} lacks {part}"
+
+
+def test_core_needs_little() -> None:
+    """The files of the package import nothing at the top but the standard library, JAX, Optax and NumPy."""
+    for path in (ROOT / "optax_sam").rglob("*.py"):
+        names = re.findall(r"^(?:import|from) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert not set(names) & {"flax", "chex", "matfree", "matplotlib", "tqdm", "orbax", "sklearn"}, path
