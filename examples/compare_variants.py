@@ -1,0 +1,123 @@
+"""All variants on the digits with wrong labels: one table, one figure.
+
+    python examples/compare_variants.py
+
+Every variant has its base optimizer and a radius that was chosen for this data, on other seeds, from a
+few values. So this shows that the variants work and what they cost; it is no ranking of the methods.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from digits import NUM_TRAIN
+from digits_recipes import RECIPES, Setting, base_arm, tuned_l2_arm, variant_arm
+from matplotlib.figure import Figure
+from train_digits import align, default_rho, finish, headline, run, save, shared_options, show, summarize
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Trains everything, reports and returns the numbers of the report."""
+    parser = argparse.ArgumentParser(
+        description="Compares all variants of sharpness-aware minimization on digits with wrong labels."
+    )
+    shared_options(parser, output="results/digits", seeds=3)
+    options = finish(parser, argv)
+    setting = Setting(
+        options.base_optimizer,
+        options.learning_rate,
+        options.weight_decay,
+        options.epochs * (NUM_TRAIN // options.batch_size),
+    )
+    base, tuned = base_arm(setting), tuned_l2_arm(setting.steps)
+    variants = [variant_arm(name, default_rho(name, options.model), setting) for name in RECIPES]
+    costs = [recipe.cost for recipe in RECIPES.values()]
+
+    print(headline(options))
+    curves = run([base, *variants, tuned], options)
+    report = summarize(curves, base.name)
+    for arm, cost in zip([base, *variants, tuned], [1.0, *costs, 1.0], strict=True):
+        report["arms"][arm.name]["gradients_per_step"] = cost
+    sentences = meaning(report, sam=variants[0].name)
+    print(table(report), sentences, sep="\n\n")
+    save(
+        options,
+        {**report, "meaning": sentences},
+        curves,
+        figure(report, sam=variants[0].name),
+        "compare_variants",
+    )
+    return report
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as text."""
+    lines = [
+        ("", "best test", "final test", "wrong labels", "gain of", "its worst", "time", "gradients"),
+        ("", "accuracy, %", "accuracy, %", "memorised, %", "final", "seed", "ratio", "per step"),
+    ]
+    for name, row in report["arms"].items():
+        gain = row["gain_final"]
+        lines.append(
+            (
+                name,
+                show(row["best"]),
+                show(row["final"]),
+                show(row["memorised"]),
+                *(("", "") if name == report["base"] else (f"{gain['mean']:+.1f}", f"{gain['worst']:+.1f}")),
+                f"{row['cost_ratio']:.2f}",
+                f"{row['gradients_per_step']:g}",
+            )
+        )
+    return align(lines)
+
+
+def meaning(report: dict[str, Any], sam: str) -> str:
+    """Who does worse than SAM, who does better, and whom it did not help at all."""
+    groups: dict[str, list[str]] = {"worse": [], "better": [], "not told apart": [], "useless": []}
+    sam_final = np.array(report["arms"][sam]["final"]["values"])
+    for name, row in report["arms"].items():
+        if name in (sam, report["base"]):
+            continue
+        gap = np.array(row["final"]["values"]) - sam_final
+        seeds = "better" if np.all(gap > 0) else "worse" if np.all(gap < 0) else "not told apart"
+        groups[seeds].append(f"{name} ({gap.mean():+.1f})")
+        if row["gain_final"]["worst"] <= 0:
+            groups["useless"].append(f"{name} ({row['gain_final']['mean']:+.1f})")
+    return "\n".join(
+        f"{title}: {'; '.join(groups[key]) or 'none'}."
+        for title, key in (
+            (f"Final accuracy worse than {sam} on every seed", "worse"),
+            (f"Better than {sam} on every seed", "better"),
+            (f"Better than {sam} on some seeds and worse on others", "not told apart"),
+            (f"Not better than {report['base']} on every seed", "useless"),
+        )
+    )
+
+
+def figure(report: dict[str, Any], sam: str) -> Figure:
+    """Best and final accuracy of everyone, in order."""
+    rows = sorted(report["arms"].items(), key=lambda item: item[1]["final"]["mean"])
+    picture = Figure(figsize=(8, 0.32 * len(rows) + 1.4), layout="constrained")
+    axes = picture.subplots()
+    colours = {report["base"]: "#7f7f7f", sam: "#c8102e"}
+    for height, (name, row) in enumerate(rows):
+        colour = colours.get(name, "#1f5fa8")
+        best, final = row["best"]["mean"], row["final"]["mean"]
+        axes.plot([final, best], [height, height], color=colour, alpha=0.35, linewidth=2)
+        axes.plot(best, height, "o", color="white", markeredgecolor=colour)
+        axes.errorbar(final, height, xerr=row["final"]["sd"] or 0.0, fmt="o", color=colour, capsize=3)
+    axes.set(
+        xlabel="test accuracy, %: final (filled, with standard deviation) and at the best epoch (open)",
+        yticks=range(len(rows)),
+        yticklabels=[f"{name}   ×{row['gradients_per_step']:g}" for name, row in rows],
+        title="Digits with wrong labels (× gradient evaluations per step)",
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.25)
+    return picture
+
+
+if __name__ == "__main__":
+    main()
