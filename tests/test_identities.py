@@ -220,13 +220,37 @@ def test_radius_zero_is_the_base_optimizer_to_the_last_bit(row):
         x = table.batch(seed=seed)
         _, grads = value_and_grad(params, x, state=state)
         updates, state = tx.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-        updates, plain_state = base.update(jax.grad(table.loss)(plain, x), plain_state, plain)
-        plain = optax.apply_updates(plain, updates)
+        expected, plain_state = base.update(jax.grad(table.loss)(plain, x), plain_state, plain)
+        # The updates: in the params, which are larger, a difference in the last bits would drown.
         if len(row.evaluations) == 1:
-            np.testing.assert_array_equal(flat(params), flat(plain))
+            np.testing.assert_array_equal(flat(updates), flat(expected))
         else:  # A rule that decides at run time what to evaluate does so in a compiled `lax.cond`.
-            np.testing.assert_allclose(flat(params), flat(plain), rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(flat(updates), flat(expected), rtol=1e-5, atol=1e-6)
+        params, plain = optax.apply_updates(params, updates), optax.apply_updates(plain, expected)
+
+
+@pytest.mark.parametrize("objective", ["perturbed", "clean"])
+def test_a_gradient_has_no_part_orthogonal_to_itself(objective):
+    """Not even one of rounding errors, which a large alpha would bring to light."""
+    variant = optax_sam.gsam(0.0, 2.0, objective=objective)
+    for seed in range(3):
+        g = jax.random.normal(jax.random.key(seed), (17,), jnp.float32)
+        direction, _ = variant.update(optax_sam.SAMGradients(g, g), variant.init(g), g)
+        np.testing.assert_array_equal(direction, g)
+
+
+def test_looksam_reuses_nothing_where_nothing_was_orthogonal():
+    """Around a round bowl both gradients are parallel, and rounding errors are no direction to go."""
+    looksam = optax_sam.looksam(0.1, k=2)
+    tx = optax.chain(looksam, optax.sgd(0.1))
+    value_and_grad = optax_sam.sam_value_and_grad(lambda w: jnp.sum(w**2) / 2, looksam)
+    params = jnp.array([1.0, 2.0, 3.0], jnp.float32)
+    state = tx.init(params)
+    for _ in range(4):
+        _, grads = value_and_grad(params, state=state)
+        updates, state = tx.update(grads, state, params)
+        np.testing.assert_allclose(updates, -0.1 * grads.perturbed, rtol=1e-5)
+        params = optax.apply_updates(params, updates)
 
 
 # Hessian-SAM and what SAM is to first order.
