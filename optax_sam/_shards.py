@@ -16,6 +16,9 @@ GradientAt = Callable[[optax.Params, Sequence[Any]], tuple[tuple[jax.Array, Any]
 """`(params, batch) -> ((value, aux), gradient)`, where batch holds the batch arguments in order."""
 
 
+_PLACE = "optax_sam.shards"  # The name under which a shard finds its place in a round.
+
+
 class Split(NamedTuple):
     """How the batch is taken apart.
 
@@ -101,6 +104,13 @@ def _is_mean(path: Any, leaf: Any) -> bool:
     raise TypeError(msg)
 
 
+def _zeros(like: Any) -> jax.Array:
+    """What a sum begins with: many terms in half precision would lose the last of them."""
+    if jnp.issubdtype(like.dtype, jnp.inexact):
+        return jnp.zeros_like(like, jnp.promote_types(like.dtype, jnp.float32))
+    return jnp.zeros_like(like)
+
+
 def _accumulated(gradient_at: GradientAt, size: int) -> GradientAt:
     """The gradient function in the memory of a microbatch."""
 
@@ -114,12 +124,23 @@ def _accumulated(gradient_at: GradientAt, size: int) -> GradientAt:
         if total % size:
             msg = f"`microbatch_size={size}` does not divide the batch of {total} examples."
             raise ValueError(msg)
-        first = jax.tree.map(lambda x: x[:size], batch)
-        (_, aux), _ = jax.eval_shape(precise, params, first)
+        count = total // size
+        # Every count-th example: a batch that is sharded over devices stays so. Optax is handed the
+        # numbers of the microbatches, for it cannot cut an explicitly sharded batch with every JAX.
+        parts = jax.tree.map(lambda x: jnp.reshape(x, (size, count, *np.shape(x)[1:])), batch)
+
+        def of_part(number: jax.Array, params: optax.Params) -> Any:
+            def take(x: jax.Array) -> jax.Array:
+                return jax.lax.dynamic_index_in_dim(x, number[0], axis=1, keepdims=False)
+
+            return precise(params, jax.tree.map(take, parts))
+
+        numbers = jnp.arange(count)
+        (_, aux), _ = jax.eval_shape(of_part, numbers[:1], params)
         mean, added = optax.microbatching.AccumulationType.MEAN, optax.microbatching.AccumulationType.SUM
         rules = jax.tree_util.tree_map_with_path(lambda p, x: mean if _is_mean(p, x) else added, aux)
-        run = optax.microbatch(precise, argnums=1, microbatch_size=size, accumulator=((mean, rules), mean))
-        (value, aux), gradient = run(params, batch)
+        run = optax.microbatch(of_part, argnums=0, microbatch_size=1, accumulator=((mean, rules), mean))
+        (value, aux), gradient = run(numbers, params)
         return (value, aux), _tree.cast_like(gradient, params)
 
     return accumulated
@@ -169,30 +190,39 @@ def evaluate(
         return jnp.reshape(x, (together, rounds, total // count, *np.shape(x)[1:]))
 
     shards = jax.tree.map(cut, tuple(batch))
-    numbers = jnp.arange(count).reshape(together, rounds)
 
-    def one_round(numbers: jax.Array, shards: Sequence[Any]) -> tuple[Evaluation, Any]:
-        """The sums over the shards of a round."""
+    def one_round(number: Any) -> tuple[Evaluation, Any]:
+        """The evaluations of the shards of a round, side by side where it has several."""
 
-        def one(number: jax.Array, shard: Sequence[Any]) -> tuple[Evaluation, Any]:
+        def one(shard: Sequence[Any]) -> tuple[Evaluation, Any]:
+            place = 0 if together == 1 else jax.lax.axis_index(_PLACE)
             # The average over devices is taken once, of the averages over shards.
-            return run(objective.on_shard(number, count), shard)
+            evaluation, aux = run(objective.on_shard(place * rounds + number, count), shard)
+            jax.tree_util.tree_map_with_path(_is_mean, aux)  # Before a sum makes integers of booleans.
+            return evaluation, aux
 
+        # Not as the operand of the scan below, which would need a copy of the batch.
+        of_round = jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, number, axis=1, keepdims=False), shards
+        )
         if together == 1:
-            return one(numbers[0], jax.tree.map(lambda x: x[0], shards))
-        return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(one)(numbers, shards))
+            return one(jax.tree.map(lambda x: x[0], of_round))
+        return jax.vmap(one, axis_name=_PLACE)(of_round)
 
     if rounds == 1:
-        sums = one_round(numbers[:, 0], jax.tree.map(lambda x: x[:, 0], shards))
+        sums = one_round(0)
     else:
-        by_round = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (numbers, shards))
-        like = jax.eval_shape(one_round, *jax.tree.map(lambda x: x[0], by_round))
-        zeros = varying(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), objective.axis_name)
+        like = jax.eval_shape(one_round, 0)
+        zeros = varying(jax.tree.map(_zeros, like), objective.axis_name)
 
-        def step(sums: Any, part: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, sums, one_round(*part)), None
+        def step(sums: Any, number: jax.Array) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, one_round(number)), None
 
-        sums, _ = jax.lax.scan(step, zeros, by_round)
+        sums, _ = jax.lax.scan(step, zeros, jnp.arange(rounds))
+        sums = _tree.cast_like(sums, like)
+    if together > 1:
+        # After the rounds: what lies on different devices is then sent once and not in every round.
+        sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
     evaluation, aux = sums
     evaluation = objective.average(jax.tree.map(lambda x: (x / count).astype(x.dtype), evaluation))
     mean = jax.tree_util.tree_map_with_path(lambda p, x: x / count if _is_mean(p, x) else x, aux)

@@ -75,7 +75,7 @@ def find_state(state: optax.OptState) -> SAMState:
         raise ValueError(msg)
     sam_state: SAMState = found[0]
     if isinstance(sam_state.rho, float | int):  # Set by hand, as `optax.tree.set(state, rho=0.1)`.
-        sam_state = sam_state._replace(rho=jnp.asarray(sam_state.rho, jnp.float32))
+        sam_state = sam_state._replace(rho=jnp.asarray(sam_state.rho))
     for path, value in optax.tree.get_all_with_path(state, "rho"):
         # `optax.inject_hyperparams` keeps the radius on its own; what a user writes there counts.
         if any(getattr(key, "name", None) == "hyperparams" for key in path):
@@ -92,8 +92,9 @@ def radius(rho: Any, step: jax.Array, params: Any, current: jax.Array | None = N
     """
     if callable(rho):
         rho = rho(step)
-    elif current is not None and not isinstance(rho, jax.Array):
-        return jnp.asarray(current)
+    elif not isinstance(rho, jax.Array):
+        # Weakly typed, as the number is that a user may put in its place: nothing is compiled anew.
+        return jnp.asarray(float(rho) if current is None else current)
     if current is not None:
         return jnp.asarray(rho, current.dtype)
     leaves = jax.tree.leaves(params)

@@ -392,10 +392,11 @@ def test_radius_changed_at_run_time(row: Row) -> None:
     params = table.params()
     _, state, first = step(params, tx.init(params))
     np.testing.assert_allclose(first.rho, row.kwargs[row.radius], rtol=1e-6)
-    state = optax.tree.set(state, rho=jnp.array(0.03))
-    for _ in range(2):
-        _, state, metrics = step(params, state)
-        np.testing.assert_allclose(metrics.rho, 0.03, rtol=1e-6)
+    for rho in (0.03, jnp.asarray(0.04), jnp.array(0.05)):
+        state = optax.tree.set(state, rho=rho)
+        for _ in range(2):
+            _, state, metrics = step(params, state)
+            np.testing.assert_allclose(metrics.rho, rho, rtol=1e-6)
 
 
 @every_row

@@ -44,7 +44,7 @@ def test_code_runs_and_prints_what_stands_there() -> None:
         following = blocks[i + 1] if i + 1 < len(blocks) else ("", "")
         expected = following[1] if following[0] == "text" else ""
         assert printed.getvalue() == expected, f"block {i} prints\n{printed.getvalue()}"
-    assert executed >= 15
+    assert executed >= 14
 
 
 def test_table_of_variants_is_complete() -> None:
@@ -128,7 +128,7 @@ def test_public_docstrings() -> None:
     """Everything public says what it does, with an example where it can be called."""
     for module in (optax_sam, optax_sam.ascent, optax_sam.schedules, optax_sam.sharpness):
         for name, value in vars(module).items():
-            if not inspect.isfunction(value) or module not in (optax_sam, inspect.getmodule(value)):
+            if name[0] == "_" or not inspect.isfunction(value) or module not in (optax_sam, inspect.getmodule(value)):
                 continue
             for part in ("Args:", "Returns:", "Examples:", "References:"):
                 if part == "Args:" and not inspect.signature(value).parameters:
