@@ -83,12 +83,14 @@ class Recipe(NamedTuple):
       rho: A radius that suits the MLP and 40 % label noise; None for a method that has none.
       gradients: Gradient evaluations a step.
       products: Hessian-vector products a step, each worth about two gradients.
+      radius: What the tables call the radius.
     """
 
     build: Callable[[Any, Setting], Pair]
     rho: float | None
     gradients: float = 2.0
     products: int = 0
+    radius: str = "rho"
 
     @property
     def cost(self) -> float:
@@ -149,7 +151,7 @@ RECIPES = {
     "custom_same": Recipe(_before_base(optax_sam.custom_same), 0.7),
     "saner": Recipe(_before_base(optax_sam.saner), 0.5),
     "hessian_sam": Recipe(_before_base(optax_sam.hessian_sam), 1.0, gradients=1, products=1),
-    "extragradient": Recipe(_before_base(optax_sam.extragradient), 0.01),
+    "extragradient": Recipe(_before_base(optax_sam.extragradient), 0.01, radius="step"),
     "ire": Recipe(_ire, None, gradients=1),
     "ire_sam": Recipe(_ire_sam, 0.7),
 }
@@ -168,4 +170,5 @@ def tuned_l2_arm(steps: int) -> Arm:
 
 def variant_arm(name: str, rho: float | None, setting: Setting) -> Arm:
     """A variant with its base optimizer."""
-    return Arm(name if rho is None else f"{name}, rho {rho:g}", *RECIPES[name].build(rho, setting))
+    recipe = RECIPES[name]
+    return Arm(name if rho is None else f"{name}, {recipe.radius} {rho:g}", *recipe.build(rho, setting))
