@@ -1,0 +1,309 @@
+"""Shards, each with a perturbation of its own, and microbatches: the numbers, the memory, the errors."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import table
+
+import optax_sam
+from optax_sam._objective import Objective
+
+SHARDS = 4
+by_name = pytest.mark.parametrize("row", table.ROWS, ids=lambda row: row.name)
+SAM = table.BY_NAME["sam"].make()
+
+
+def evaluate(variant, params, batch, *, jit=True, loss=table.loss, **how):
+    def run(params, state, batch):
+        return optax_sam.sam_value_and_grad(loss, variant, **how)(params, batch, state=state)
+
+    return (jax.jit(run) if jit else run)(params, variant.init(params), batch)
+
+
+def assert_close(got, want, rtol=1e-12, atol=1e-13):
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
+
+
+@by_name
+def test_parts_are_the_mean_of_single_evaluations(row):
+    """Shards by `vmap`, by a loop and in rounds with microbatches, against one after the other."""
+    with jax.enable_x64(True):
+        variant, params, batch = row.make(), table.params(jnp.float64), table.batch(16, jnp.float64)
+        state = variant.init(params)
+
+        def split(batch, **how):
+            return optax_sam.sam_value_and_grad(table.loss, variant, batch_argnums=1, **how)(
+                params, batch, state=state
+            )
+
+        def alone(part):
+            number, examples = part
+            objective = Objective(shard=number).on(
+                jax.value_and_grad(lambda w: (table.loss(w, examples), None), has_aux=True)
+            )
+            evaluation, _ = variant.evaluate(objective, params, state)
+            return evaluation.value, evaluation.gradients
+
+        @jax.jit  # One program, to compile once.
+        def run(batch):
+            expected = jax.lax.map(alone, (jnp.arange(SHARDS), batch.reshape(SHARDS, -1, 3)))
+            modes = ({}, {"shard_mode": "loop"}, {"shard_mode": 2, "microbatch_size": 2})
+            shards = [split(batch, num_shards=SHARDS, **mode) for mode in modes]
+            full = alone((0, batch))
+            microbatches = split(batch, microbatch_size=4)
+            return jax.tree.map(lambda x: jnp.mean(x, axis=0), expected), shards, full, microbatches
+
+        expected, shards, full, microbatches = run(batch)
+        for result in shards:
+            assert_close(result, expected)
+        assert_close(microbatches, full)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_microbatches_in_the_dtype_of_params(dtype):
+    params, batch = table.params(dtype), table.batch(16)
+    full = evaluate(SAM, params, batch)
+    accumulated = evaluate(SAM, params, batch, microbatch_size=4, batch_argnums=1)
+    assert jax.tree.map(lambda x: x.dtype, accumulated[1]) == jax.tree.map(lambda x: x.dtype, full[1])
+    assert_close(
+        jax.tree.map(lambda x: x.astype(jnp.float32), accumulated),
+        jax.tree.map(lambda x: x.astype(jnp.float32), full),
+        # In half precision within its rounding: every gradient is rounded once.
+        rtol=1e-6 if dtype == jnp.float32 else 2**-6,
+        atol=1e-6 if dtype == jnp.float32 else 2**-6,
+    )
+
+
+def test_the_whole_batch_is_one_shard():
+    params, batch = table.params(), table.batch(8)
+    full = evaluate(SAM, params, batch)
+    for how in ({"num_shards": 1}, {"num_shards": 1, "shard_mode": "loop"}, {"microbatch_size": 8}):
+        assert_close(evaluate(SAM, params, batch, batch_argnums=1, **how), full, rtol=1e-6)
+
+
+def test_several_batch_arguments_and_trees():
+    def loss(params, images, scale, labels):
+        return jnp.mean((images["x"] @ params["w"] * scale - labels) ** 2), {"mean": jnp.mean(images["z"])}
+
+    def joined(params, batch):
+        return loss(params, {"x": batch["x"], "z": batch["z"]}, 2.0, batch["y"])
+
+    keys = jax.random.split(jax.random.key(2), 3)
+    batch = {
+        k: jax.random.normal(key, (8, 3) if k == "x" else (8,)) for k, key in zip("xyz", keys, strict=True)
+    }
+    params = {"w": jnp.array([0.5, -1.0, 2.0])}
+    state = SAM.init(params)
+    for how in ({"num_shards": 4}, {"num_shards": 4, "shard_mode": 2}, {"microbatch_size": 2}):
+        split = optax_sam.sam_value_and_grad(loss, SAM, has_aux=True, batch_argnums=(1, 3), **how)
+        images = {"x": batch["x"], "z": batch["z"]}
+        got = jax.jit(lambda *args, split=split: split(*args, state=state))(params, images, 2.0, batch["y"])
+        want = evaluate(SAM, params, batch, loss=joined, has_aux=True, batch_argnums=1, **how)
+        assert_close(got, want, rtol=1e-6)
+        np.testing.assert_allclose(got[0][1]["mean"], jnp.mean(batch["z"]), rtol=1e-5)
+
+
+FORMS = [
+    {"num_shards": 4},
+    {"num_shards": 4, "shard_mode": "loop"},
+    {"num_shards": 4, "shard_mode": 2},
+    {"microbatch_size": 2},
+    {"num_shards": 2, "microbatch_size": 2},
+]
+by_form = pytest.mark.parametrize("how", FORMS, ids=lambda how: "-".join(f"{k}={v}" for k, v in how.items()))
+
+
+@by_form
+def test_aux_floats_are_averaged_and_integers_summed(how):
+    def loss(params, batch):
+        value = table.loss(params, batch)
+        return value, {
+            "mean": jnp.mean(batch),
+            "vector": jnp.mean(batch, axis=0),
+            "count": jnp.sum(batch > 0),
+            "nothing": None,
+        }
+
+    params, batch = table.params(), table.batch(8)
+    (_, aux), _ = evaluate(SAM, params, batch, loss=loss, has_aux=True, batch_argnums=1, **how)
+    np.testing.assert_allclose(aux["mean"], jnp.mean(batch), rtol=1e-5)
+    np.testing.assert_allclose(aux["vector"], jnp.mean(batch, axis=0), rtol=1e-5)
+    assert aux["count"] == jnp.sum(batch > 0)
+    assert jnp.issubdtype(aux["count"].dtype, jnp.integer)
+    assert aux["nothing"] is None
+
+
+@by_form
+@pytest.mark.parametrize("jit", [True, False])
+def test_other_aux_is_refused(how, jit):
+    def loss(params, batch):
+        return table.loss(params, batch), {"flag": jnp.all(batch > 0)}
+
+    message = r"aux\['flag'\] has dtype bool: over shards and microbatches floats are averaged and integers"
+    with pytest.raises(TypeError, match=message):
+        evaluate(
+            SAM, table.params(), table.batch(8), jit=jit, loss=loss, has_aux=True, batch_argnums=1, **how
+        )
+
+
+def test_aux_of_the_full_batch_is_left_alone():
+    def loss(params, batch):
+        return table.loss(params, batch), {"flag": jnp.all(batch > 0), "name": "train"}
+
+    (_, aux), _ = evaluate(SAM, table.params(), table.batch(8), jit=False, loss=loss, has_aux=True)
+    assert aux["flag"].dtype == bool
+    assert aux["name"] == "train"
+
+
+@functools.cache
+def temporary_bytes(size, **how):
+    """What the compiler needs beside arguments and results, for a network whose activations are large."""
+
+    def loss(params, batch):
+        hidden = batch
+        for _ in range(4):
+            hidden = jnp.tanh(hidden @ params)
+        return jnp.mean(hidden**2)
+
+    params = jax.ShapeDtypeStruct((32, 32), jnp.float32)
+    state = jax.eval_shape(SAM.init, params)
+
+    def run(params, state, batch):
+        return optax_sam.sam_value_and_grad(loss, SAM, batch_argnums=1, **how)(params, batch, state=state)
+
+    batch = jax.ShapeDtypeStruct((size, 32), jnp.float32)
+    return jax.jit(run).lower(params, state, batch).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_microbatches_save_memory():
+    full = temporary_bytes(4096)
+    assert temporary_bytes(4096, microbatch_size=256) < full / 3
+    assert temporary_bytes(4096, num_shards=4, microbatch_size=128) < full / 3
+
+
+def test_shards_in_a_loop_take_the_memory_of_one():
+    few, many = (temporary_bytes(256 * n, num_shards=n, shard_mode="loop") for n in (4, 16))
+    assert many == few
+    side_by_side = [temporary_bytes(256 * n, num_shards=n) for n in (4, 16)]
+    assert side_by_side[1] > 3 * side_by_side[0]
+    # Rounds lie in between.
+    assert many < temporary_bytes(256 * 16, num_shards=16, shard_mode=4) < side_by_side[1]
+
+
+def test_many_rounds_do_not_lose_bits_to_half_precision():
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), table.params())
+    batch = jnp.tile(table.batch(1), (256, 1))  # All shards alike: the mean is any of them.
+    _, one = evaluate(SAM, params, batch[:1])
+    _, many = evaluate(SAM, params, batch, num_shards=256, shard_mode="loop", batch_argnums=1)
+    for x, y in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
+        assert x.dtype == jnp.bfloat16
+        np.testing.assert_allclose(x.astype(jnp.float32), y.astype(jnp.float32), rtol=2**-7)
+
+
+def test_noise_differs_between_shards_and_is_reproducible():
+    variant = table.BY_NAME["bsam"].make()
+    params, state = table.params(), variant.init(table.params())
+    objective = Objective(value_and_grad=lambda w: ((w["scale"], w["scale"]), w))
+    points = [float(variant.evaluate(objective.on_shard(i, 8), params, state)[1]) for i in range(8)]
+    assert len(set(points)) == 8
+    assert points[3] == float(variant.evaluate(objective.on_shard(3, 8), params, state)[1])
+    assert float(variant.evaluate(objective, params, state)[1]) == points[0]
+
+
+def test_a_skipped_evaluation_is_skipped_in_every_shard():
+    """`lax.cond` survives the `vmap` over shards, for the step is the same for all of them."""
+    row = next(row for row in table.ROWS if len(row.evaluations) > 1)
+    variant, params = row.make(), table.params()
+    calls = []
+
+    def loss(params, batch):
+        jax.debug.callback(lambda: calls.append(1))
+        return table.loss(params, batch)
+
+    counts = []
+    state = variant.init(params)
+    run = jax.jit(
+        lambda state: optax_sam.sam_value_and_grad(loss, variant, num_shards=2, batch_argnums=1)(
+            params, table.batch(8), state=state
+        )
+    )
+    for step in range(len(row.evaluations)):
+        jax.block_until_ready(run(state._replace(step=jnp.asarray(step, jnp.int32))))
+        jax.effects_barrier()
+        counts.append(len(calls))
+        calls.clear()
+    assert counts == list(row.evaluations)  # The callback is not mapped: once for both shards.
+
+
+WRONG = [
+    ({"num_shards": 3, "batch_argnums": 1}, r"`num_shards=3` does not divide the batch of 8 examples"),
+    (
+        {"microbatch_size": 5, "batch_argnums": 1},
+        r"`microbatch_size=5` does not divide the batch of 8 examples",
+    ),
+    (
+        {"num_shards": 2, "microbatch_size": 3, "batch_argnums": 1},
+        r"`microbatch_size=3` does not divide the batch of 4 examples",
+    ),
+    ({"num_shards": 2}, r"`num_shards=2` needs `batch_argnums=`"),
+    ({"microbatch_size": 2}, r"`microbatch_size=2` needs `batch_argnums=`"),
+    (
+        {"num_shards": 4, "shard_mode": 3, "batch_argnums": 1},
+        r"`shard_mode=3` rounds do not divide `num_shards=4`",
+    ),
+    (
+        {"num_shards": 4, "shard_mode": "scan", "batch_argnums": 1},
+        r"`shard_mode` must be one of 'vmap', 'loop'",
+    ),
+    ({"num_shards": 0, "batch_argnums": 1}, r"`num_shards` must be an integer in the range \[1"),
+    ({"microbatch_size": 0, "batch_argnums": 1}, r"`microbatch_size` must be an integer in the range \[1"),
+    (
+        {"num_shards": 2, "batch_argnums": 0},
+        r"`batch_argnums` must name positional arguments other than params",
+    ),
+    ({"perturbation": "locally", "axis_name": "data"}, r"`perturbation` must be one of 'global', 'local'"),
+    ({"perturbation": "local"}, r"`perturbation='local'` needs `axis_name="),
+]
+
+
+@pytest.mark.parametrize(("how", "words"), WRONG, ids=lambda x: x if isinstance(x, str) else "")
+def test_wrong_arguments(how, words):
+    with pytest.raises(ValueError, match=words):
+        evaluate(SAM, table.params(), table.batch(8), jit=False, **how)
+
+
+@pytest.mark.parametrize("how", [{"num_shards": 2}, {"microbatch_size": 2}], ids=["shards", "microbatches"])
+def test_wrong_batches(how):
+    params, state = table.params(), SAM.init(table.params())
+
+    def loss(params, batch, mask):
+        return table.loss(params, batch) * jnp.mean(mask)
+
+    run = optax_sam.sam_value_and_grad(loss, SAM, batch_argnums=(1, 2), **how)
+    with pytest.raises(
+        ValueError, match=r"array whose first axis counts examples, got 0.5 at batch argument"
+    ):
+        run(params, table.batch(8), 0.5, state=state)
+    with pytest.raises(ValueError, match=r"must agree in the number of examples, got .*8.*6"):
+        run(params, table.batch(8), jnp.ones(6), state=state)
+    with pytest.raises(ValueError, match=r"must agree in the number of examples, got no arrays"):
+        run(params, None, None, state=state)
+
+
+def test_microbatches_and_optax_multi_steps():
+    """Two ways of accumulation for two purposes: an exact large batch, and a mean of SAM steps."""
+    params, batch = table.params(), table.batch(8)
+    tx = optax.chain(SAM, optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation())
+    state, moved = tx.init(params), params
+    for part in (batch[:4], batch[4:]):
+        _, grads = optax_sam.sam_value_and_grad(table.loss, SAM)(moved, part, state=state)
+        updates, state = tx.update(grads, state, moved)
+        moved = optax.apply_updates(moved, updates)
+    _, pair = evaluate(SAM, params, batch, num_shards=2, batch_argnums=1)
+    expected = jax.tree.map(lambda w, g: w - 0.1 * g, params, pair.perturbed)
+    assert_close(moved, expected, rtol=1e-5, atol=1e-6)
