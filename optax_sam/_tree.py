@@ -94,10 +94,15 @@ def cosine(a: Any, b: Any) -> jax.Array:
 
 
 def reject(tree: Any, onto: Any) -> Any:
-    r"""The part of `tree` orthogonal to `onto`: :math:`a - \langle a, \hat b \rangle \hat b`."""
+    r"""The part of `tree` orthogonal to `onto`: :math:`a - \langle a, \hat b \rangle \hat b`.
+
+    Exactly zero where the two are parallel but for rounding: what LookSAM rescales must not be noise.
+    """
     direction = unit(onto)
     coefficient = dot(tree, direction)
-    return jax.tree.map(lambda x, d: x - coefficient * d, upcast(tree), direction)
+    rest = jax.tree.map(lambda x, d: x - coefficient * d, upcast(tree), direction)
+    is_noise = norm(rest) <= 16 * jnp.finfo(coefficient.dtype).eps * jnp.abs(coefficient)
+    return jax.tree.map(lambda r: jnp.where(is_noise, jnp.zeros_like(r), r), rest)
 
 
 def all_finite(*trees: Any) -> jax.Array:

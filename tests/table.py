@@ -31,7 +31,7 @@ class Row:
     # The name of the radius.
     radius: str = "rho"
     # Arithmetic beyond the gradients, in operations per parameter: at most so much.
-    algebra: int = 20
+    algebra: int = 25
     # Whether the direction scales with the loss.
     scale_invariant: bool = True
 
@@ -125,7 +125,7 @@ ROWS = (
     _row(
         "looksam",
         optax_sam.looksam,
-        algebra=25,
+        algebra=30,
         kwargs={"rho": 0.1, "k": 4},
         evaluations=(2, 1, 1, 1),
         memory_copies=1,
@@ -133,7 +133,7 @@ ROWS = (
     _row(
         "looksam_per_leaf",
         optax_sam.looksam,
-        algebra=25,
+        algebra=30,
         kwargs={"rho": 0.1, "k": 2, "per_leaf": True},
         evaluations=(2, 1),
         memory_copies=1,
@@ -144,8 +144,8 @@ ROWS = (
         algebra=30,
         kwargs={"rho": 0.1, "gains": (2.0, 0.5, 1.5, 0.0), "clean_gains": (0.0, 0.5, 0.0, 1.0)},
     ),
-    _row("custom_same", optax_sam.custom_same, algebra=25, kwargs={"rho": 0.1, "condition": 2.0}),
-    _row("saner", optax_sam.saner, algebra=25, kwargs={"rho": 0.1, "keep": 0.5}),
+    _row("custom_same", optax_sam.custom_same, algebra=30, kwargs={"rho": 0.1, "condition": 2.0}),
+    _row("saner", optax_sam.saner, algebra=30, kwargs={"rho": 0.1, "keep": 0.5}),
     # One gradient and one Hessian-vector product: the loss is entered twice.
     _row("hessian_sam", optax_sam.hessian_sam, kwargs={"rho": 0.1}),
     _row(

@@ -1,6 +1,5 @@
 """IRE: implicit regularization enhancement (Wang et al., NeurIPS 2024)."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -118,18 +117,26 @@ def ire(
 
 
 def _flattest(gradient: optax.Updates, fraction: Any) -> Any:
-    """Marks the fraction of all coordinates with the smallest absolute gradient."""
+    """Marks the fraction of all coordinates with the smallest absolute gradient; ties all count."""
     sizes = jax.tree.map(jnp.abs, _tree.upcast(gradient))
     leaves = jax.tree.leaves(sizes)
-    total = sum(x.size for x in leaves)
-    count = math.floor(fraction * total + 0.5) if isinstance(fraction, float | int) else None
-    if count == 0 or total == 0:
-        return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=bool), sizes)
-    ordered = jnp.sort(jnp.concatenate([jnp.ravel(x) for x in leaves]))
-    position = jnp.round(fraction * total).astype(jnp.int32) if count is None else jnp.asarray(count)
-    threshold = ordered[jnp.maximum(position - 1, 0)]
-    # Ties at the threshold all count as flat.
-    return jax.tree.map(lambda x: (x <= threshold) & (position > 0), sizes)
+    count = jnp.round(fraction * sum(x.size for x in leaves)).astype(jnp.uint32)
+    # Floats that are not negative are ordered as the integers of their bits. So the count-th smallest is
+    # found bit by bit: no sort, and nothing is gathered from the devices but counts.
+    dtype = jnp.result_type(jnp.float32, *leaves)
+    unsigned = jnp.uint64 if dtype == jnp.float64 else jnp.uint32
+    bits = jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x.astype(dtype), unsigned), sizes)
+    one, highest = jnp.ones((), unsigned), 8 * dtype.itemsize - 2
+
+    def add_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
+        larger = threshold | (one << (highest - i).astype(unsigned))
+        below = jnp.zeros((), jnp.uint32)
+        for x in jax.tree.leaves(bits):
+            below += jnp.sum(x < larger, dtype=jnp.uint32)
+        return jnp.where(below < count, larger, threshold)
+
+    threshold = jax.lax.fori_loop(0, highest + 1, add_bit, jnp.zeros((), unsigned))
+    return jax.tree.map(lambda x: (x <= threshold) & (count > 0), bits)
 
 
 def sampled_label_gradient(
