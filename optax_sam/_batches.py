@@ -136,10 +136,13 @@ def scalar_loss(loss_fn: LossFn, params: optax.Params, batch: Any) -> jax.Array:
     return _tree.upcast(jnp.asarray(value))
 
 
+_all_finite = jax.jit(_tree.all_finite)
+
+
 def finite(what: str, tree: Any) -> None:
     """Refuses a result that is not finite; inside a `jit` of the caller it cannot be told."""
     leaves = jax.tree.leaves(tree)
-    if not any(isinstance(x, Tracer) for x in leaves) and not bool(_tree.all_finite(leaves)):
+    if not any(isinstance(x, Tracer) for x in leaves) and not bool(_all_finite(leaves)):
         shown = f", got {leaves[0]}" if len(leaves) == 1 and np.ndim(leaves[0]) == 0 else ""
         msg = (
             f"{what} must be finite at params{shown}. Check that params are finite (has training diverged?) "

@@ -230,10 +230,12 @@ def _flat_matvec(loss_fn: LossFn, params: optax.Params, groups: Any, ticks: bool
 def _lanczos(
     loss_fn: LossFn, num_matvecs: int, ticks: bool, params: optax.Params, groups: Any, start: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The basis (one vector a row) and the tridiagonal matrix of the Krylov space of a vector."""
+    """The basis of the Krylov space of a vector, one vector a row, and the matrix in that basis."""
+    # Lanczos with full reorthogonalization is Arnoldi. matfree's `tridiag_sym` runs this too, but averages
+    # the matrix with its transpose, in which a space that closes early can no longer be seen.
     # `custom_vjp=False`: nobody differentiates this.
-    tridiagonal = _batches.extra("matfree.decomp").tridiag_sym(num_matvecs, custom_vjp=False)
-    basis, matrix, *_ = tridiagonal(_flat_matvec(loss_fn, params, groups, ticks), start)
+    arnoldi = _batches.extra("matfree.decomp").hessenberg(num_matvecs, reortho="full", custom_vjp=False)
+    basis, matrix, *_ = arnoldi(_flat_matvec(loss_fn, params, groups, ticks), start)
     return basis, matrix
 
 
@@ -246,19 +248,20 @@ def _dense(loss_fn: LossFn, ticks: bool, params: optax.Params, groups: Any) -> j
 
 
 def _closed(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The leading block of a tridiagonal matrix at which the Krylov space closes.
+    """The leading block of the matrix at which the Krylov space closes, made symmetric.
 
     Where the start vector lies in the span of a few eigenvectors, as with a Hessian of low rank, a
-    residual vanishes, and all that follows in the matrix is made of rounding errors or NaN.
+    residual (below the diagonal) vanishes, and all that follows is made of rounding errors or NaN.
     """
     matrix = matrix.astype(np.float64)
-    tolerance = 100 * np.finfo(np.float32).eps * max(np.abs(matrix[0, 0]), np.abs(matrix[0, 1:2]).sum())
+    scale, size = np.abs(matrix[0, 0]), len(matrix)
     for i in range(1, len(matrix)):
-        off_diagonal = matrix[i, i - 1]
-        if not np.abs(off_diagonal) > tolerance:
-            return matrix[:i, :i]
-        tolerance = max(tolerance, 100 * np.finfo(np.float32).eps * np.abs(off_diagonal))
-    return matrix
+        residual = np.abs(matrix[i, i - 1])
+        scale = max(scale, residual)
+        if residual <= 100 * np.finfo(np.float32).eps * scale:
+            size = i
+            break
+    return (matrix[:size, :size] + matrix[:size, :size].T) / 2
 
 
 def _prepare(loss_fn: LossFn, params: optax.Params, batches: Any) -> tuple[Any, Any, int]:
@@ -332,8 +335,8 @@ def top_eigenpairs(
             if count == dimension:
                 basis, matrix = None, np.asarray(_dense(loss_fn, ticks, params, groups))
             else:
-                basis, tridiagonal = _lanczos(loss_fn, count, ticks, params, groups, start)
-                matrix = _closed(np.asarray(tridiagonal))
+                basis, projected = _lanczos(loss_fn, count, ticks, params, groups, start)
+                matrix = _closed(np.asarray(projected))
             _batches.finite("The second derivatives of the loss", matrix)
             if k > len(matrix):
                 msg = (
@@ -560,8 +563,8 @@ def spectral_density(
         try:
             for i, each in enumerate(keys):
                 probe = jax.random.rademacher(each, flat.shape, flat.dtype)
-                _, tridiagonal = _lanczos(loss_fn, count, ticks, params, groups, probe)
-                matrix = _closed(np.asarray(tridiagonal))
+                _, projected = _lanczos(loss_fn, count, ticks, params, groups, probe)
+                matrix = _closed(np.asarray(projected))
                 _batches.finite("The second derivatives of the loss", matrix)
                 values, vectors = np.linalg.eigh(matrix)
                 # Beyond a closed space: masses of zero where the last one stands.

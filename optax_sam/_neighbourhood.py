@@ -124,7 +124,8 @@ def _climb(
     return loop(0, steps, step, _Climb(start, *at_start, stride=2.0 * rho))
 
 
-def _starts(params: optax.Params, rho: jax.Array, ord: float, restarts: int, key: jax.Array) -> list[Any]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _starts(ord: float, restarts: int, params: optax.Params, rho: jax.Array, key: jax.Array) -> list[Any]:
     """The center, where a vanishing gradient may lead nowhere, and random points at the border."""
     starts = [_tree.zeros_like(params)]
     for each in jax.random.split(key, restarts) if restarts else ():
@@ -208,7 +209,12 @@ def _first_step(
     evaluate = functools.partial(_value_and_grad, loss_fn, adaptive, params, _tree.zeros_like(params))
     value, gradient = _batches.mean(evaluate, batches, progress=progress, description="gradient")
     _batches.finite("The loss and its gradient", (value, gradient))
-    return ascents.normalized(ord)(gradient, rho, params)
+    return _steepest(ord, gradient, rho)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _steepest(ord: float, gradient: Any, rho: Any) -> Any:
+    return ascents.normalized(ord)(gradient, rho, gradient)
 
 
 def worst_case_sharpness(
@@ -273,7 +279,7 @@ def worst_case_sharpness(
     _check(rho, ord, steps, restarts)
     params, batches = _batches.prepare(loss_fn, params, batches)
     radius = jnp.asarray(rho, jnp.result_type(*jax.tree.leaves(params)))
-    starts = _starts(params, radius, ord, restarts, _checks.key("key", key))
+    starts = _starts(ord, restarts, params, radius, _checks.key("key", key))
     with _batches.progress_bar(progress, (steps + 1) * len(starts), "worst case") as tick:
 
         def evaluate(z: Any) -> tuple[jax.Array, Any]:
@@ -430,7 +436,7 @@ def m_sharpness(
     _checks.number("chunk_size", chunk_size, low=1, integer=True)
     params, batches = _batches.prepare(loss_fn, params, batches)
     radius = jnp.asarray(rho, jnp.result_type(*jax.tree.leaves(params)))
-    starts = _starts(params, radius, ord, restarts, _checks.key("key", key))
+    starts = _starts(ord, restarts, params, radius, _checks.key("key", key))
     starts = jax.tree.map(lambda *xs: jnp.stack(xs), *starts)
     per_set = functools.partial(_mean_over_sets, loss_fn, m, ord, adaptive, steps, chunk_size)
     clean, increase = _batches.mean(

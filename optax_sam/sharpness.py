@@ -120,6 +120,10 @@ def _value_and_grad(loss_fn: LossFn, params: optax.Params, batch: Any) -> tuple[
     return jax.value_and_grad(lambda p: _batches.scalar_loss(loss_fn, p, batch))(params)
 
 
+# Compiled: `_tree.norm` by itself holds a branch that JAX would compile in every call.
+_norm = jax.jit(_tree.norm)
+
+
 def gradient_norm(
     loss_fn: LossFn, params: optax.Params, batches: Any, *, progress: bool | None = None
 ) -> jax.Array:
@@ -153,7 +157,7 @@ def gradient_norm(
     evaluate = functools.partial(_value_and_grad, loss_fn, params)
     value, gradient = _batches.mean(evaluate, batches, progress=progress)
     _batches.finite("The loss and its gradient", (value, gradient))
-    return _tree.norm(gradient)
+    return _norm(gradient)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
