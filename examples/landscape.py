@@ -117,8 +117,8 @@ def draw(runs: dict[str, Run], data: Digits, path: Path, size: int, matvecs: int
         landscape.plot_surface(plane, surface, largest=largest)
         surface.set_title(name, color=COLORS[name], fontweight="bold", fontsize=14)
         surface.view_init(elev=24, azim=-55)
-        surface.set_box_aspect(None, zoom=1.2)
-        surface.set(xlabel="", ylabel="", zlabel="training loss", xticks=(-1, 0, 1), yticks=(-1, 0, 1))
+        surface.set_box_aspect(None, zoom=1.1)
+        surface.set(xlabel="", ylabel="", zlabel="loss", xticks=(-1, 0, 1), yticks=(-1, 0, 1))
         contour = figure.add_subplot(cells[1, i], box_aspect=1)
         landscape.plot_contour(plane, contour, levels=levels, colorbar=name == "SAM")
         contour.set(xticks=(-1, 0, 1), yticks=(-1, 0, 1))
@@ -153,7 +153,7 @@ def draw(runs: dict[str, Run], data: Digits, path: Path, size: int, matvecs: int
         title="spectrum of the Hessian", xlabel="eigenvalue", ylabel="density", ylim=(1e-5 / widest, None)
     )
     spectrum.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=96)
     plt.close(figure)
 
 
