@@ -1,0 +1,212 @@
+"""What SAM sends on a machine of many chips: a transformer's train step compiled, not run.
+
+    python benchmarks/pod_collectives.py
+
+For meshes of 8, 64 and 256 simulated devices, `data` x `model`, the collectives of the compiled step are
+counted, and the bytes that each device sends for them by the ring algorithm. Params are cut over `model`
+and, over `data`, replicated or cut too (FSDP). Nothing is allocated: params, state and batch are abstract.
+"""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+# The batch per data shard, and the network: the collectives do not depend on the number of layers but
+# by a factor, so few of them do.
+LAYERS, WIDTH, HEADS, HIDDEN, VOCABULARY, LENGTH, EXAMPLES = 4, 1024, 16, 4096, 8192, 256, 2
+MESHES = {8: (4, 2), 64: (16, 4), 256: (64, 4)}
+LAYOUTS = ("replicated", "fsdp")
+METHODS = ("AdamW", "SAM, global", "SAM, per device", "LookSAM, SAM step", "LookSAM, other step")
+
+
+def measure(num_devices: int, layout: str) -> None:
+    """Prints the rows for one mesh and layout, in a process that was started with so many devices."""
+    import hlo
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from jax.sharding import AxisType, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    import optax_sam
+
+    data, model = MESHES[num_devices]
+    mesh = jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+    # The params of all layers in one array each, the layers being scanned over. Every matrix is cut over
+    # `model` as in tensor parallelism and, in the layout "fsdp", over `data` as well.
+    cut = {
+        "embedding": ((VOCABULARY, WIDTH), ("model", "data")),
+        "query_key_value": ((LAYERS, WIDTH, 3, WIDTH), (None, "data", None, "model")),
+        "projection": ((LAYERS, WIDTH, WIDTH), (None, "model", "data")),
+        "up": ((LAYERS, WIDTH, HIDDEN), (None, "data", "model")),
+        "down": ((LAYERS, HIDDEN, WIDTH), (None, "model", "data")),
+        "scale": ((LAYERS, 2, WIDTH), ()),
+    }
+    without_data = {
+        name: tuple(None if axis == "data" else axis for axis in axes) for name, (_, axes) in cut.items()
+    }
+    specs = {name: P(*(axes if layout == "fsdp" else without_data[name])) for name, (_, axes) in cut.items()}
+
+    def gathered(name: str, value: jax.Array) -> jax.Array:
+        """The weights as they are used: whole over `data`."""
+        # Constraints of weights also hold under the `vmap` over shards; one of activations (examples
+        # over `data`) would contradict it, for there the shards are what lies on different devices.
+        axes = without_data[name][-value.ndim :]
+        return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, P(*axes)))
+
+    def normalize(x: jax.Array, scale: jax.Array) -> jax.Array:
+        return scale * x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+
+    def block(x: jax.Array, layer: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+        layer = {name: gathered(name, value) for name, value in layer.items()}
+        batch, length, _ = x.shape
+        h = normalize(x, layer["scale"][0])
+        q, k, v = jnp.moveaxis(jnp.einsum("btw,wcv->btcv", h, layer["query_key_value"]), 2, 0)
+        q, k, v = (a.reshape(batch, length, HEADS, WIDTH // HEADS) for a in (q, k, v))
+        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape)
+        x = x + attended @ layer["projection"]
+        h = normalize(x, layer["scale"][1])
+        return x + jax.nn.gelu(h @ layer["up"]) @ layer["down"], None
+
+    def loss(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
+        embedding = gathered("embedding", params["embedding"])
+        x = embedding[tokens[:, :-1]]
+        layers = {name: value for name, value in params.items() if name != "embedding"}
+        x, _ = jax.lax.scan(jax.checkpoint(block), x, layers)
+        logits = x @ embedding.T
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]))
+
+    params = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, specs[name]))
+        for name, (shape, _) in cut.items()
+    }
+    tokens = jax.ShapeDtypeStruct(
+        (EXAMPLES * data, LENGTH + 1), jnp.int32, sharding=NamedSharding(mesh, P("data"))
+    )
+    size = sum(x.size for x in jax.tree.leaves(params))
+
+    def compile_step(variant: Any, **how: Any) -> tuple[str, int, float]:
+        tx = optax.adamw(1e-3) if variant is None else optax.chain(variant, optax.adamw(1e-3))
+
+        def step(params: Any, state: Any, tokens: Any) -> Any:
+            if variant is None:
+                value, grads = jax.value_and_grad(loss)(params, tokens)
+            else:
+                value, grads = optax_sam.sam_value_and_grad(loss, variant, **how)(params, tokens, state=state)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state, value
+
+        # What has the shape of a param lies as it does.
+        where = {x.shape: x.sharding for x in params.values()}
+        state = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=where.get(x.shape, NamedSharding(mesh, P()))
+            ),
+            jax.eval_shape(tx.init, params),
+        )
+        out = (*jax.tree.map(lambda x: x.sharding, (params, state)), NamedSharding(mesh, P()))
+        begin = time.perf_counter()
+        compiled = (
+            jax.jit(step, out_shardings=out, donate_argnums=(0, 1)).lower(params, state, tokens).compile()
+        )
+        memory = compiled.memory_analysis().temp_size_in_bytes
+        return compiled.as_text(), memory, time.perf_counter() - begin
+
+    def row(
+        method: str, compiled: tuple[str, int, float], branch: Callable[..., Any], baseline: float
+    ) -> Any:
+        text, memory, seconds = compiled
+        found = hlo.collectives(text, num_devices, branch)
+        # Devices of one model group differ in nothing but their number: groups that span `data` are told
+        # from those that span `model` by their size (which differ in every mesh above).
+        over_data = [c for c in found if c.group != model and c.elements]
+        over_model = [c for c in found if c.group == model and c.elements]
+        moved = [sum(c.moved * c.times for c in part) / 1e6 for part in (over_data, over_model)]
+        counts = [
+            sum(c.times for c in found if c.kind == kind and c.elements)
+            for kind in ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+        ]
+        scalars = sum(c.times for c in found if not c.elements)
+        baseline = baseline or sum(moved)
+        cells = [f"{num_devices} ({data} x {model})", layout, method, *map(str, counts), str(scalars)]
+        cells += [f"{x:.1f}" for x in moved]
+        cells += [f"{sum(moved) / baseline:.2f}", f"{memory / 1e6:.0f}", f"{seconds:.0f}"]
+        print("| " + " | ".join(cells) + " |", flush=True)
+        return baseline
+
+    if num_devices == min(MESHES) and layout == "replicated":
+        print(f"{size / 1e6:.1f} million params, {4 * size / 1e6:.0f} MB in float32.", file=sys.stderr)
+    baseline = row(METHODS[0], compile_step(None), max, 0.0)
+    sam, looksam = optax_sam.sam(0.05), optax_sam.looksam(0.05, k=5)
+    row(METHODS[1], compile_step(sam), max, baseline)
+    row(METHODS[2], compile_step(sam, num_shards=data, batch_argnums=1), max, baseline)
+    both = compile_step(looksam)
+    row(METHODS[3], both, max, baseline)
+    row(METHODS[4], both, min, baseline)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Starts one process for each mesh, as the number of devices cannot change in a running one."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--devices",
+        type=int,
+        nargs="+",
+        choices=MESHES,
+        default=list(MESHES),
+        help="which meshes (default all)",
+    )
+    parser.add_argument(
+        "--layouts",
+        nargs="+",
+        choices=LAYOUTS,
+        default=list(LAYOUTS),
+        help="of params over data (default both)",
+    )
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.inside:
+        measure(options.devices[0], options.layouts[0])
+        return
+    from importlib.metadata import version
+
+    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "optax"))
+    print(f"Python {platform.python_version()}, {packages}; XLA for CPU, SPMD partitioner.\n")
+    columns = [
+        "devices (data x model)",
+        "params over data",
+        "step",
+        "all-reduce",
+        "all-gather",
+        "reduce-scatter",
+        "all-to-all",
+    ]
+    columns += ["permute", "of scalars", "MB over data", "MB over model", "of AdamW's bytes", "temp MB"]
+    columns += ["compile s"]
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns), flush=True)
+    for num_devices in options.devices:
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={num_devices}"
+        environment = os.environ | {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
+        for layout in options.layouts:
+            command = [
+                sys.executable,
+                __file__,
+                "--inside",
+                "--devices",
+                str(num_devices),
+                "--layouts",
+                layout,
+            ]
+            subprocess.run(command, env=environment, check=True)
+
+
+if __name__ == "__main__":
+    main()
