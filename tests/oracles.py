@@ -211,7 +211,7 @@ ORACLES: dict[str, Callable[..., Any]] = {
     "gsam_clean": functools.partial(gsam_clean, rho=0.1, alpha=0.4),
     "wsam": functools.partial(wsam, rho=0.1, gamma=0.8),
     "sagm": functools.partial(sagm, rho=0.05, alpha=0.001),
-    "decoupled_wsam": functools.partial(decoupled_wsam, rho=0.1, gamma=0.6, rate=0.1, momentum=0.9),
+    "decoupled_wsam": functools.partial(decoupled_wsam, rho=0.1, gamma=0.6, rate=0.01, momentum=0.9),
     "bsam": functools.partial(bsam, rho=0.05, rate=0.1, n=100),
     "looksam": functools.partial(looksam, rho=0.1, k=4, alpha=0.7, parts=(slice(None),)),
     "looksam_per_leaf": functools.partial(looksam, rho=0.1, k=2, alpha=0.7, parts=LEAVES),

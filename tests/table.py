@@ -46,7 +46,7 @@ class Row:
         variant = self.make(**overrides)
         if self.whole_optimizer:
             return variant, variant
-        return variant, optax.chain(variant, optax.sgd(0.1, momentum=0.9) if base is None else base)
+        return variant, optax.chain(variant, optax.sgd(0.01, momentum=0.9) if base is None else base)
 
 
 def _row(
@@ -103,8 +103,8 @@ ROWS = (
         "decoupled_wsam",
         optax_sam.decoupled_wsam,
         kwargs={
-            "base_optimizer": optax.sgd(0.1, momentum=0.9),
-            "learning_rate": 0.1,
+            "base_optimizer": optax.sgd(0.01, momentum=0.9),
+            "learning_rate": 0.01,
             "rho": 0.1,
             "gamma": 0.6,
         },

@@ -214,7 +214,7 @@ def test_nested_and_named_chains(row: Row) -> None:
         nested: Any = optax.chain(optax.chain(variant))
         named: Any = optax.named_chain(("variant", variant))
     else:
-        base = optax.sgd(0.1, momentum=0.9)
+        base = optax.sgd(0.01, momentum=0.9)
         nested = optax.chain(optax.chain(optax.chain(variant, optax.clip_by_global_norm(1e9)), base))
         named = optax.named_chain(("variant", variant), ("base", base))
     step, tx = train_step(row)
@@ -240,7 +240,7 @@ def test_inject_hyperparams(row: Row) -> None:
     expected, _, _ = run(jax.jit(step), tx, 3)
     variant = row.make()
     injected = optax.inject_hyperparams(row.constructor, static_args=row.static_args)(**row.kwargs)
-    tx = injected if row.whole_optimizer else optax.chain(injected, optax.sgd(0.1, momentum=0.9))
+    tx = injected if row.whole_optimizer else optax.chain(injected, optax.sgd(0.01, momentum=0.9))
     value_and_grad = optax_sam.sam_value_and_grad(table.loss, variant, return_metrics=True)
 
     @jax.jit
