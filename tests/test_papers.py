@@ -33,7 +33,7 @@ def walks():
     """Params, memory and loss after every step of every row; one program compiles faster than many."""
 
     def walk(row):
-        variant, tx = row.optimizer()
+        variant, tx = row.optimizer(optax.sgd(0.1, momentum=0.9))
         value_and_grad = optax_sam.sam_value_and_grad(loss, variant)
 
         def step(carry, x):
