@@ -11,6 +11,7 @@ import pytest
 import table
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from quick import QUICK
 
 import optax_sam
 from benchmarks import hlo
@@ -125,7 +126,7 @@ def reference(name):
         return tuple(step(c, parts) for c, parts in zip(carries, splits, strict=True))
 
     params = make_params()
-    return jax.device_get(jax.jit(several(run))((params, tx.init(params)), batch))
+    return jax.device_get(jax.jit(several(run), compiler_options=QUICK)((params, tx.init(params)), batch))
 
 
 def assert_same(result, row):
@@ -149,7 +150,8 @@ def test_pmap(row):
     step, tx = make_step(row)
     params, batch = make_params(), make_batch()
     run = jax.pmap(several(both(step, True)), axis_name="data", in_axes=(None, 0), out_axes=None)
-    result = run((params, tx.init(params)), batch.reshape(DEVICES, -1, 8))
+    arguments = (params, tx.init(params)), batch.reshape(DEVICES, -1, 8)
+    result = run.lower(*arguments).compile(compiler_options=QUICK)(*arguments)
     assert_same(result, row)
     assert_on_every_device(result)
 
@@ -166,7 +168,7 @@ def test_shard_map(row, check_vma):
         out_specs=P(),
         check_vma=check_vma,
     )
-    result = jax.jit(run)((params, tx.init(params)), make_batch())
+    result = jax.jit(run, compiler_options=QUICK)((params, tx.init(params)), make_batch())
     assert_same(result, row)
     assert_on_every_device(result)
 
@@ -189,7 +191,7 @@ def test_jit(row, form):
     # What the step hands back lies where it came from, as a training loop needs it.
     out = (jax.tree.map(lambda x: x.sharding, (like, like)), NamedSharding(mesh, P()))
     with jax.set_mesh(mesh) if form == "explicit" else contextlib.nullcontext():
-        result = jax.jit(several(both(step, False)), out_shardings=out)(like, batch)
+        result = jax.jit(several(both(step, False)), out_shardings=out, compiler_options=QUICK)(like, batch)
     assert_same(result, row)
     if form != "fsdp":
         assert_on_every_device(result)
@@ -415,3 +417,35 @@ def test_a_state_that_does_not_match_its_sharding():
     state = tx.init(jax.tree.map(lambda x: x[: x.shape[0] // 2] if x.ndim else x, params))
     with pytest.raises((TypeError, ValueError), match=r"shape"):
         jax.jit(step)((params, state), make_batch())
+
+
+def test_how_collectives_are_counted():
+    text = """HloModule step, entry_computation_layout={()->f32[]}
+
+%body (p: (f32[4])) -> (f32[4]) {
+  %x = f32[4]{0} get-tuple-element(%p), index=0
+  ROOT %ar.1 = f32[4]{0} all-reduce(%x), channel_id=1, replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+
+%one (p: f32[]) -> f32[] {
+  %ag = (f32[2]{0}, f32[8]{0}) all-gather-start(%p), replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%two (p: f32[]) -> f32[] {
+  %small = (f32[], bf16[2,3]{1,0}) all-reduce(%p, %p), replica_groups=[1,8]<=[8], to_apply=%add
+}
+
+ENTRY %main (a: f32[4]) -> f32[] {
+  %w = (f32[4]) while(%a), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %r = f32[] conditional(%i, %a, %a), branch_computations={%one, %two}
+}
+"""
+    most = hlo.collectives(text, DEVICES, max)
+    least = hlo.collectives(text, DEVICES, min)
+    assert [(c.kind, c.elements, c.group, c.times, c.moved) for c in most] == [
+        ("all-reduce", 4, 2, 3, 16.0),
+        ("all-reduce", 6, 8, 1, 28.0),
+    ]
+    assert [(c.kind, c.elements, c.group, c.times, c.moved) for c in least][1:] == [
+        ("all-gather", 8, 4, 1, 24.0)
+    ]

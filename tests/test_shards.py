@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import table
+from quick import QUICK
 
 import optax_sam
 from optax_sam._objective import Objective
@@ -21,7 +22,7 @@ def evaluate(variant, params, batch, *, jit=True, loss=table.loss, **how):
     def run(params, state, batch):
         return optax_sam.sam_value_and_grad(loss, variant, **how)(params, batch, state=state)
 
-    return (jax.jit(run) if jit else run)(params, variant.init(params), batch)
+    return (jax.jit(run, compiler_options=QUICK) if jit else run)(params, variant.init(params), batch)
 
 
 def assert_close(got, want, rtol=1e-12, atol=1e-13):
@@ -31,7 +32,7 @@ def assert_close(got, want, rtol=1e-12, atol=1e-13):
 
 @by_name
 def test_parts_are_the_mean_of_single_evaluations(row):
-    """Shards by `vmap`, by a loop and in rounds with microbatches, against one after the other."""
+    """Shards in a loop and, side by side, in rounds with microbatches, against one after the other."""
     with jax.enable_x64(True):
         variant, params, batch = row.make(), table.params(jnp.float64), table.batch(16, jnp.float64)
         state = variant.init(params)
@@ -49,16 +50,16 @@ def test_parts_are_the_mean_of_single_evaluations(row):
             evaluation, _ = variant.evaluate(objective, params, state)
             return evaluation.value, evaluation.gradients
 
-        @jax.jit  # One program, to compile once.
         def run(batch):
             expected = jax.lax.map(alone, (jnp.arange(SHARDS), batch.reshape(SHARDS, -1, 3)))
-            modes = ({}, {"shard_mode": "loop"}, {"shard_mode": 2, "microbatch_size": 2})
+            modes = ({"shard_mode": "loop"}, {"shard_mode": 2, "microbatch_size": 2})
             shards = [split(batch, num_shards=SHARDS, **mode) for mode in modes]
             full = alone((0, batch))
             microbatches = split(batch, microbatch_size=4)
             return jax.tree.map(lambda x: jnp.mean(x, axis=0), expected), shards, full, microbatches
 
-        expected, shards, full, microbatches = run(batch)
+        # One program, to compile once.
+        expected, shards, full, microbatches = jax.jit(run, compiler_options=QUICK)(batch)
         for result in shards:
             assert_close(result, expected)
         assert_close(microbatches, full)
@@ -102,7 +103,9 @@ def test_several_batch_arguments_and_trees():
     for how in ({"num_shards": 4}, {"num_shards": 4, "shard_mode": 2}, {"microbatch_size": 2}):
         split = optax_sam.sam_value_and_grad(loss, SAM, has_aux=True, batch_argnums=(1, 3), **how)
         images = {"x": batch["x"], "z": batch["z"]}
-        got = jax.jit(lambda *args, split=split: split(*args, state=state))(params, images, 2.0, batch["y"])
+        got = jax.jit(lambda *args, split=split: split(*args, state=state), compiler_options=QUICK)(
+            params, images, 2.0, batch["y"]
+        )
         want = evaluate(SAM, params, batch, loss=joined, has_aux=True, batch_argnums=1, **how)
         assert_close(got, want, rtol=1e-6)
         np.testing.assert_allclose(got[0][1]["mean"], jnp.mean(batch["z"]), rtol=1e-5)
@@ -139,16 +142,13 @@ def test_aux_floats_are_averaged_and_integers_summed(how):
 
 
 @by_form
-@pytest.mark.parametrize("jit", [True, False])
-def test_other_aux_is_refused(how, jit):
+def test_other_aux_is_refused(how):
     def loss(params, batch):
         return table.loss(params, batch), {"flag": jnp.all(batch > 0)}
 
     message = r"aux\['flag'\] has dtype bool: over shards and microbatches floats are averaged and integers"
     with pytest.raises(TypeError, match=message):
-        evaluate(
-            SAM, table.params(), table.batch(8), jit=jit, loss=loss, has_aux=True, batch_argnums=1, **how
-        )
+        evaluate(SAM, table.params(), table.batch(8), loss=loss, has_aux=True, batch_argnums=1, **how)
 
 
 def test_aux_of_the_full_batch_is_left_alone():
