@@ -255,7 +255,9 @@ def launch(options: argparse.Namespace, num_processes: int, output: Path) -> str
         port = free.getsockname()[1]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     # One device for each process, whatever the caller simulates.
-    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", environment.get("XLA_FLAGS", "")).strip()
+    flags = re.sub(
+        r"--xla_force_host_platform_device_count=\d+", "", environment.get("XLA_FLAGS", "")
+    ).strip()
     environment["XLA_FLAGS"] = flags
     command = [sys.executable, str(Path(__file__).absolute()), "--output", str(output)]
     for name in (*SETTINGS, "save_every", "timeout", "start_timeout", "die_at", "hang_at"):
