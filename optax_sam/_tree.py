@@ -3,12 +3,20 @@
 Accumulated in float32 or better, without overflow or underflow, and right on sharded leaves.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
+
+
+def branch(predicate: jax.Array, if_true: Callable[[], Any], if_false: Callable[[], Any]) -> Any:
+    """`jax.lax.cond`, but outside of a trace, where that would compile anew in every call, a plain `if`."""
+    if isinstance(predicate, Tracer):
+        return jax.lax.cond(predicate, if_true, if_false)
+    return if_true() if predicate else if_false()
 
 
 def upcast(tree: Any) -> Any:
@@ -72,7 +80,7 @@ def norm(tree: Any, ord: float = 2.0) -> jax.Array:
         scale = jnp.where(squares < 1.0, jnp.asarray(up, info.dtype), jnp.asarray(down, info.dtype))
         return _root(_total([jnp.sum(jnp.square(x * scale)) for x in leaves]), 0.5) / scale
 
-    return jax.lax.cond(in_range, lambda: jnp.sqrt(squares), rescaled)
+    return branch(in_range, lambda: jnp.sqrt(squares), rescaled)
 
 
 def dot(a: Any, b: Any) -> jax.Array:

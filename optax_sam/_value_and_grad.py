@@ -185,7 +185,7 @@ def sam_value_and_grad(
         raw_params = args[argnums] if isinstance(argnums, int) else tuple(args[i] for i in positions)
         _checks.params(raw_params)
         _check_axis(axis_name)
-        if not isinstance(sam_state.step, jax.Array | np.ndarray):
+        if not isinstance(cast("Any", sam_state.step), jax.Array | np.ndarray):
             # `flax.nnx.Optimizer` boxes every array of its state: the same leaves, unboxed.
             structure = jax.tree.structure(jax.eval_shape(variant.init, raw_params))
             sam_state = jax.tree.unflatten(structure, jax.tree.leaves(sam_state))

@@ -104,7 +104,7 @@ def ire(
         base_updates, base_state = base.update(updates, state.base, params, **extra_args)
         due = (state.step >= start_step) & ((state.step - start_step) % interval == 0)
         due &= _tree.all_finite(gradient)
-        flat = jax.lax.cond(due, lambda: _flattest(gradient, flat_fraction), lambda: state.flat)
+        flat = _tree.branch(due, lambda: _flattest(gradient, flat_fraction), lambda: state.flat)
         factor = kappa(state.step) if callable(kappa) else kappa
 
         def boost(u: jax.Array, n: jax.Array) -> jax.Array:

@@ -55,7 +55,7 @@ def looksam(
 
     Returns:
       A sharpness-aware transformation. 1 + 1/k gradient evaluations a step on average (the second is
-      skipped by `lax.cond`; under a `vmap` over states both are computed), one copy of the params as
+      skipped by `jax.lax.cond`; under a `vmap` over states both are computed), one copy of the params as
       state. In a step without perturbation the pair holds the clean gradient twice.
 
     Raises:
@@ -96,7 +96,7 @@ def looksam(
             return objective.combine(clean, None)
 
         # The step is the same on all devices, so all of them take the same branch.
-        return jax.lax.cond(state.step % k == 0, refresh, reuse), clean.aux
+        return _tree.branch(state.step % k == 0, refresh, reuse), clean.aux
 
     def descent(gradients: SAMGradients, state: SAMState, params: optax.Params) -> tuple[optax.Updates, Any]:
         del params
@@ -115,7 +115,7 @@ def looksam(
         def reuse() -> tuple[optax.Updates, LookSAMMemory]:
             return by_part(rescale, clean, state.memory.orthogonal), state.memory
 
-        return jax.lax.cond(state.step % k == 0, refresh, reuse)
+        return _tree.branch(state.step % k == 0, refresh, reuse)
 
     return sharpness_aware(
         rho, rule, descent, lambda params: LookSAMMemory(_tree.zeros_like(params)), evaluate=evaluate

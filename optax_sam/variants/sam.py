@@ -1,6 +1,6 @@
 """SAM: sharpness-aware minimization (Foret, Kleiner, Mobahi, Neyshabur, ICLR 2021)."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -70,12 +70,12 @@ def sam(
     return sharpness_aware(rho, rule, evaluate=_climb(rule, steps, step_mode))
 
 
-def _climb(ascent: ascents.Ascent, steps: int, mode: str) -> Evaluate:
+def _climb(ascent: ascents.Ascent, steps: Any, mode: str) -> Evaluate:
     """One ascent step or several."""
     # Under `optax.inject_hyperparams` the number of steps is an array, in `update`, which does not climb.
     if isinstance(steps, int) and steps == 1:
         return perturb_once(ascent)
-    length: Any = getattr(ascent, "length", None)
+    length = getattr(ascent, "length", None)
     if mode == "pgd" and length is None and isinstance(steps, int):
         msg = (
             "`step_mode='pgd'` projects to a ball, and this ascent rule has no norm to measure one. Write "
@@ -85,7 +85,7 @@ def _climb(ascent: ascents.Ascent, steps: int, mode: str) -> Evaluate:
         raise ValueError(msg)
 
     def project(perturbation: optax.Updates, rho: jax.Array, params: optax.Params) -> optax.Updates:
-        size = length(perturbation, params)
+        size = cast("Any", length)(perturbation, params)
         outside = size > rho
         shrink = jnp.where(outside, rho / jnp.where(outside, size, 1.0), 1.0)
         return jax.tree.map(lambda e: shrink * e, perturbation)
