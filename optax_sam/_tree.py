@@ -77,7 +77,9 @@ def norm(tree: Any, ord: float = 2.0) -> jax.Array:
     def rescaled() -> jax.Array:
         # Powers of two are exact, and these keep the squares of all that is out of range inside it.
         up, down = 2.0 ** (5 * info.maxexp // 8), 2.0 ** (-3 * info.maxexp // 4)
-        scale = jnp.where(squares < 1.0, jnp.asarray(up, info.dtype), jnp.asarray(down, info.dtype))
+        # Not a `where` of two constants: JAX 0.8 cannot `vmap` that over an explicitly sharded axis.
+        is_small = (squares < 1.0).astype(info.dtype)
+        scale = is_small * up + (1.0 - is_small) * down
         return _root(_total([jnp.sum(jnp.square(x * scale)) for x in leaves]), 0.5) / scale
 
     return branch(in_range, lambda: jnp.sqrt(squares), rescaled)
