@@ -257,7 +257,7 @@ def test_params_with_keys_of_the_pair() -> None:
 
 
 def test_transformations_before_the_variant() -> None:
-    """What looks at one tree at a time fails on a pair; what would act on both halves at once is documented."""
+    """What keeps a state shaped like params fails on a pair; a clip would not, and that is documented."""
     variant, params = SAM, PARAMS
     _, grads = optax_sam.sam_value_and_grad(table.loss, variant)(
         params, table.batch(), state=variant.init(params)
