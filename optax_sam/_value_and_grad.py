@@ -11,7 +11,9 @@ from jax.core import Tracer
 
 from optax_sam import _checks, _shards, _tree
 from optax_sam._objective import AxisName, Evaluation, Objective, varying
-from optax_sam._transformation import SharpnessAwareTransformation, find_state
+from optax_sam._transformation import SAMState, SharpnessAwareTransformation, find_state
+
+_ARRAY_TYPES = jax.Array | np.ndarray | np.generic
 
 
 class SAMMetrics(NamedTuple):
@@ -68,9 +70,7 @@ def _trace_once(function: Callable[..., Any], *trees: Any) -> Callable[..., Any]
     def arrays_only(*args: Any) -> list[Any]:
         # aux may hold strings and the like, which `jit` would not return.
         leaves, structure = jax.tree.flatten(function(*args))
-        constants.update(
-            {i: x for i, x in enumerate(leaves) if not isinstance(x, jax.Array | np.ndarray | np.generic)}
-        )
+        constants.update({i: x for i, x in enumerate(leaves) if not isinstance(x, _ARRAY_TYPES)})
         structures.append(structure)
         return [x for i, x in enumerate(leaves) if i not in constants]
 
@@ -185,10 +185,7 @@ def sam_value_and_grad(
         raw_params = args[argnums] if isinstance(argnums, int) else tuple(args[i] for i in positions)
         _checks.params(raw_params)
         _check_axis(axis_name)
-        if not isinstance(cast("Any", sam_state.step), jax.Array | np.ndarray):
-            # `flax.nnx.Optimizer` boxes every array of its state: the same leaves, unboxed.
-            structure = jax.tree.structure(jax.eval_shape(variant.init, raw_params))
-            sam_state = jax.tree.unflatten(structure, jax.tree.leaves(sam_state))
+        sam_state = _fit(sam_state, jax.eval_shape(variant.init, raw_params))
         params = varying(jax.tree.map(jnp.asarray, raw_params), axis_name)
 
         def loss_and_grad(params: optax.Params, batch: Sequence[Any]) -> Any:
@@ -232,6 +229,27 @@ def sam_value_and_grad(
         return output, evaluation.gradients
 
     return value_and_grads
+
+
+def _fit(state: SAMState, like: SAMState) -> SAMState:
+    """The state in the structure that the variant gave it, or an error if it is not this variant's."""
+    leaves, structure = jax.tree.flatten(like)
+    own = jax.tree.leaves(state)
+    if len(own) < len(leaves) and "MaskedNode" in str(jax.tree.structure(state)):
+        return state  # Some params are masked out, and nothing is remembered of them.
+    pairs = [(np.shape(x), np.shape(y)) for x, y in zip(own, leaves, strict=False)]
+    wrong = [pair for pair in pairs if pair[0] != pair[1]]
+    if len(own) != len(leaves) or wrong:
+        got = f"{len(own)} arrays" if len(own) != len(leaves) else f"an array of shape {wrong[0][0]}"
+        right = len(leaves) if len(own) != len(leaves) else wrong[0][1]
+        msg = (
+            f"`state` does not fit the variant and the params: it holds {got}, where `variant.init(params)` "
+            f"makes {right}. Make it by the `init` of an optimizer with this variant, from the same params; "
+            "inside `jax.shard_map` pass both whole (`in_specs=P()`)."
+        )
+        raise ValueError(msg)
+    # `flax.nnx.Optimizer` boxes every array of its state: these are the same leaves, unboxed.
+    return jax.tree.unflatten(structure, own)
 
 
 def _check_axis(axis_name: AxisName | None) -> None:

@@ -143,6 +143,8 @@ def evaluate(variant: Any = SAM, state: Any = None, params: Any = None, **option
     return optax_sam.sam_value_and_grad(table.loss, variant, **options)(params, table.batch(), state=state)
 
 
+LOOKSAM = optax_sam.looksam()
+VECTOR = {"layer": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}, "scale": jnp.ones(2)}
 CHAIN = optax.chain(SAM, BASE)
 TWICE = optax.chain(SAM, optax_sam.gsam(), BASE)
 
@@ -166,6 +168,18 @@ CALLS: list[tuple[Any, type[Exception], str]] = [
     ),
     (lambda: evaluate(state=BASE.init(PARAMS)), ValueError, r"holds no state .* `tx = optax.chain\(variant"),
     (lambda: evaluate(state=TWICE.init(PARAMS)), ValueError, "states of 2 sharpness-aware variants"),
+    (
+        lambda: evaluate(optax_sam.looksam(), state=optax.chain(SAM, BASE).init(PARAMS)),
+        ValueError,
+        "`state` does not fit the variant and the params",
+    ),
+    (
+        lambda: evaluate(
+            LOOKSAM, state=optax.tree.map_params(LOOKSAM, lambda x: x[:1], LOOKSAM.init(VECTOR))
+        ),
+        ValueError,
+        r"`state` does not fit .*\(1,\).*in_specs=P\(\)",
+    ),
     (lambda: evaluate(perturbation="globl"), ValueError, "`perturbation` must be one of 'global', 'local'"),
     (lambda: evaluate(perturbation="local"), ValueError, "`perturbation='local'` needs `axis_name=`"),
     (lambda: evaluate(argnums=5), TypeError, "`argnums` is 5, but only 2 positional arguments"),

@@ -474,3 +474,18 @@ def test_differentiable(row: Row) -> None:
     gradient = jax.grad(outcome)(table.params())
     chex.assert_tree_all_finite(gradient)
     assert any(bool(jnp.any(x != 0)) for x in jax.tree.leaves(gradient))
+
+
+def test_keys_of_bsam() -> None:
+    """An integer, a typed key and a raw key are the same seed; another seed is another noise."""
+    params = table.params()
+
+    def perturbed(key: Any) -> Any:
+        variant = optax_sam.bsam(0.1, 100, key=key)
+        value_and_grad = optax_sam.sam_value_and_grad(table.loss, variant)
+        return value_and_grad(params, table.batch(), state=variant.init(params))[1]
+
+    seed = perturbed(3)
+    chex.assert_trees_all_equal(seed, perturbed(jax.random.key(3)))
+    chex.assert_trees_all_equal(seed, perturbed(jax.random.key_data(jax.random.key(3))))
+    assert not np.allclose(seed.perturbed["scale"], perturbed(4).perturbed["scale"])
