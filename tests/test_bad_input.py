@@ -278,5 +278,5 @@ def test_transformations_before_the_variant() -> None:
     )
     for before in (optax.scale_by_adam(), optax.trace(0.9), optax.add_decayed_weights(0.1)):
         tx = optax.chain(before, variant)
-        with pytest.raises(Exception, match=r"(?i)structure|mismatch|prefix|arity|custom node"):
+        with pytest.raises(Exception, match=r"(?i)structure|mismatch|prefix|arity|custom node|named tuple"):
             tx.update(grads, tx.init(params), params)
