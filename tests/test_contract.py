@@ -296,7 +296,7 @@ def test_multi_steps_after_the_variant(row: Row) -> None:
         state = tx.init(params)
         _, grads = optax_sam.sam_value_and_grad(table.loss, row.make())(params, table.batch(), state=state)
         with pytest.raises(
-            ValueError, match="structure|named tuple"
+            ValueError, match=r"structure|named tuple"
         ):  # MultiSteps around the pair fails loudly.
             tx.update(grads, state, params)
         return
