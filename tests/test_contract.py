@@ -491,3 +491,59 @@ def test_keys_of_bsam() -> None:
     chex.assert_trees_all_equal(seed, perturbed(jax.random.key(3)))
     chex.assert_trees_all_equal(seed, perturbed(jax.random.key_data(jax.random.key(3))))
     assert not np.allclose(seed.perturbed["scale"], perturbed(4).perturbed["scale"])
+
+
+SCHEDULED = [
+    (optax_sam.gsam, {"rho": 0.1}, "alpha"),
+    (optax_sam.wsam, {"rho": 0.1}, "alpha"),
+    (optax_sam.saner, {"rho": 0.1}, "keep"),
+    (optax_sam.decoupled_wsam, {"base_optimizer": optax.sgd(0.1), "rho": 0.1}, "learning_rate"),
+    (optax_sam.bsam, {"num_data": 100}, "learning_rate"),
+]
+
+
+@pytest.mark.parametrize(("constructor", "kwargs", "name"), SCHEDULED)
+def test_schedules_of_other_arguments(constructor: Any, kwargs: Any, name: str) -> None:
+    """At every step a schedule gives what its value gives."""
+
+    def schedule(step: Any) -> Any:
+        return 0.1 + 0.2 * step
+
+    scheduled = constructor(**kwargs, **{name: schedule})
+    params = table.params()
+    state = scheduled.init(params)
+    for step in range(3):
+        constant = constructor(**kwargs, **{name: float(schedule(step))})
+        _, grads = optax_sam.sam_value_and_grad(table.loss, scheduled)(params, table.batch(), state=state)
+        expected, _ = constant.update(grads, state, params)
+        actual, state = scheduled.update(grads, state, params)
+        chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_hessian_of_a_loss_without_forward_mode() -> None:
+    """Where the exact product cannot be had, the finite difference can."""
+
+    @jax.custom_vjp
+    def cube(x: jax.Array) -> jax.Array:
+        return x**3
+
+    def backward(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return (cotangent * jax.pure_callback(lambda y: 3 * np.asarray(y) ** 2, shape, x),)
+
+    cube.defvjp(lambda x: (cube(x), x), backward)
+
+    def loss(params: jax.Array) -> jax.Array:
+        return jnp.sum(cube(params))
+
+    params = jnp.array([1.0, 2.0])
+    exact = optax_sam.hessian_sam(0.1)
+    with pytest.raises(TypeError, match="forward-mode") as error:
+        optax_sam.sam_value_and_grad(loss, exact)(params, state=exact.init(params))
+    assert "difference=1e-3" in error.value.__notes__[0]
+    variant = optax_sam.hessian_sam(0.1, difference=1e-3)
+    _, grads = optax_sam.sam_value_and_grad(loss, variant)(params, state=variant.init(params))
+    gradient = 3 * np.array([1.0, 4.0])
+    hessian = 6 * np.array([1.0, 2.0])
+    expected = gradient + 0.1 * hessian * gradient / np.linalg.norm(gradient)
+    np.testing.assert_allclose(grads.perturbed, expected, rtol=1e-3)

@@ -63,7 +63,11 @@ def hessian_sam(
         vector = _tree.unit(clean.gradient) if normalize else _tree.upcast(clean.gradient)
         gradient = _tree.upcast(clean.gradient)
         if difference is None:
-            _, product = jax.jvp(gradient_of, (params,), (_tree.cast_like(vector, params),))
+            try:
+                _, product = jax.jvp(gradient_of, (params,), (_tree.cast_like(vector, params),))
+            except (TypeError, ValueError, NotImplementedError) as error:
+                error.add_note("If the loss has no forward mode, write `hessian_sam(rho, difference=1e-3)`.")
+                raise
         else:
             step = jax.tree.map(lambda v: difference * v, vector)
             shifted = gradient_of(_tree.displace(params, step))
