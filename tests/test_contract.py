@@ -540,7 +540,7 @@ def test_hessian_of_a_loss_without_forward_mode() -> None:
     exact = optax_sam.hessian_sam(0.1)
     with pytest.raises(TypeError, match="forward-mode") as error:
         optax_sam.sam_value_and_grad(loss, exact)(params, state=exact.init(params))
-    assert "difference=1e-3" in error.value.__notes__[0]
+    assert any("difference=1e-3" in note for note in error.value.__notes__)
     variant = optax_sam.hessian_sam(0.1, difference=1e-3)
     _, grads = optax_sam.sam_value_and_grad(loss, variant)(params, state=variant.init(params))
     gradient = 3 * np.array([1.0, 4.0])
