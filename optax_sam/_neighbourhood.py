@@ -82,9 +82,7 @@ def _trial(ord: float, rho: jax.Array, climb: _Climb) -> Any:
     z = jax.tree.map(jnp.add, climb.z, direction)
     if ord == jnp.inf:
         return jax.tree.map(lambda x: jnp.clip(x, -rho, rho), z)
-    length = _tree.norm(z)
-    shrink = jnp.where(length > rho, rho / jnp.where(length > rho, length, 1.0), 1.0)
-    return jax.tree.map(lambda x: shrink * x, z)
+    return _tree.into_ball(z, _tree.norm(z), rho)
 
 
 @jax.jit

@@ -115,6 +115,13 @@ def reject(tree: Any, onto: Any) -> Any:
     return jax.tree.map(lambda r: jnp.where(is_noise, jnp.zeros_like(r), r), rest)
 
 
+def into_ball(tree: Any, length: jax.Array, radius: Any) -> Any:
+    """The tree, whose length is given, shortened to the radius where it is longer."""
+    outside = length > radius
+    shrink = jnp.where(outside, radius / jnp.where(outside, length, 1.0), 1.0)
+    return jax.tree.map(lambda x: shrink * x, tree)
+
+
 def all_finite(*trees: Any) -> jax.Array:
     """Whether no leaf of the trees holds a NaN or an infinity."""
     finite = jnp.asarray(True)

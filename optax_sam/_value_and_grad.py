@@ -235,21 +235,32 @@ def _fit(state: SAMState, like: SAMState) -> SAMState:
     """The state in the structure that the variant gave it, or an error if it is not this variant's."""
     leaves, structure = jax.tree.flatten(like)
     own = jax.tree.leaves(state)
-    if len(own) < len(leaves) and "MaskedNode" in str(jax.tree.structure(state)):
-        return state  # Some params are masked out, and nothing is remembered of them.
-    pairs = [(np.shape(x), np.shape(y)) for x, y in zip(own, leaves, strict=False)]
-    wrong = [pair for pair in pairs if pair[0] != pair[1]]
-    if len(own) != len(leaves) or wrong:
-        got = f"{len(own)} arrays" if len(own) != len(leaves) else f"an array of shape {wrong[0][0]}"
-        right = len(leaves) if len(own) != len(leaves) else wrong[0][1]
-        msg = (
-            f"`state` does not fit the variant and the params: it holds {got}, where `variant.init(params)` "
-            f"makes {right}. Make it by the `init` of an optimizer with this variant, from the same params; "
-            "inside `jax.shard_map` pass both whole (`in_specs=P()`)."
-        )
-        raise ValueError(msg)
-    # `flax.nnx.Optimizer` boxes every array of its state: these are the same leaves, unboxed.
-    return jax.tree.unflatten(structure, own)
+    if len(own) != len(leaves):
+        if len(own) < len(leaves) and _has_holes(state):
+            return state  # Some params are masked out, and nothing is remembered of them.
+        got, right = f"{len(own)} arrays", f"{len(leaves)}"
+    else:
+        shapes = [(np.shape(x), np.shape(y)) for x, y in zip(own, leaves, strict=True)]
+        wrong = [pair for pair in shapes if pair[0] != pair[1]]
+        if not wrong:
+            # `flax.nnx.Optimizer` boxes every array of its state: these are the same leaves, unboxed.
+            return jax.tree.unflatten(structure, own)
+        got, right = f"an array of shape {wrong[0][0]}", f"{wrong[0][1]}"
+    msg = (
+        f"`state` does not fit the variant and the params: it holds {got}, where `variant.init(params)` "
+        f"makes {right}. Make it by the `init` of an optimizer with this variant, from the same params; "
+        "inside `jax.shard_map` pass both whole (`in_specs=P()`)."
+    )
+    raise ValueError(msg)
+
+
+def _has_holes(state: SAMState) -> bool:
+    """Whether `optax.masked` or `optax.partition` left something out."""
+
+    def is_hole(x: Any) -> bool:
+        return isinstance(x, optax.MaskedNode)
+
+    return any(is_hole(x) for x in jax.tree.leaves(state, is_leaf=is_hole))
 
 
 def _check_axis(axis_name: AxisName | None) -> None:

@@ -95,10 +95,9 @@ def ire(
         **extra_args: Any,
     ) -> tuple[optax.Updates, IREState]:
         gradient = curvature_updates
-        if gradient is None and (clean_updates is not None or is_pair(updates, params)):
-            gradient = as_pair(updates, clean_updates, params=params).clean
-        elif gradient is None:
-            gradient = updates
+        if gradient is None:
+            has_pair = clean_updates is not None or is_pair(updates, params)
+            gradient = as_pair(updates, clean_updates, params=params).clean if has_pair else updates
         if clean_updates is not None:
             extra_args["clean_updates"] = clean_updates
         base_updates, base_state = base.update(updates, state.base, params, **extra_args)

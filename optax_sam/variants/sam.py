@@ -2,11 +2,9 @@
 
 from typing import Any, cast
 
-import jax
-import jax.numpy as jnp
 import optax
 
-from optax_sam import _checks
+from optax_sam import _checks, _tree
 from optax_sam import ascent as ascents
 from optax_sam._objective import Evaluation, Objective
 from optax_sam._transformation import (
@@ -84,12 +82,6 @@ def _climb(ascent: ascents.Ascent, steps: Any, mode: str) -> Evaluate:
         )
         raise ValueError(msg)
 
-    def project(perturbation: optax.Updates, rho: jax.Array, params: optax.Params) -> optax.Updates:
-        size = cast("Any", length)(perturbation, params)
-        outside = size > rho
-        shrink = jnp.where(outside, rho / jnp.where(outside, size, 1.0), 1.0)
-        return jax.tree.map(lambda e: shrink * e, perturbation)
-
     def evaluate(objective: Objective, params: optax.Params, state: SAMState) -> tuple[Evaluation, Any]:
         stride = state.rho / steps if mode == "split" else state.rho
         clean = objective.ascent_at(params)
@@ -98,7 +90,8 @@ def _climb(ascent: ascents.Ascent, steps: Any, mode: str) -> Evaluate:
             here = objective.ascent_at(params, perturbation)
             perturbation = optax.tree.add(perturbation, ascent(here.gradient, stride, params))
             if mode == "pgd":
-                perturbation = project(perturbation, state.rho, params)
+                size = cast("Any", length)(perturbation, params)
+                perturbation = _tree.into_ball(perturbation, size, state.rho)
         return objective.combine(clean, objective.at(params, perturbation)), clean.aux
 
     return evaluate
