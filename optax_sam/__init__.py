@@ -2,6 +2,8 @@
 
 from optax_sam import ascent as ascent
 from optax_sam import landscape as landscape
+from optax_sam import linen as linen
+from optax_sam import nnx as nnx
 from optax_sam import schedules as schedules
 from optax_sam import sharpness as sharpness
 from optax_sam._objective import SAMGradients as SAMGradients

@@ -20,6 +20,9 @@ ValueAndGrad = Callable[[optax.Params], tuple[tuple[jax.Array, Any], optax.Updat
 class SAMGradients(NamedTuple):
     """The gradients of one sharpness-aware step: what a variant's `update` takes.
 
+    Wrappers around the variant that insist on updates with the structure of params, such as
+    `optax.apply_if_finite` and `optax.masked`, take `grads.perturbed` with `clean_updates=grads.clean`.
+
     Attributes:
       clean: The gradient at params. A pytree with the structure and shapes of params.
       perturbed: The gradient at the perturbed point, on the same batch; of a step that a variant

@@ -1,6 +1,7 @@
 """The type of all variants, their state, and the function that builds one from its two halves."""
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -73,6 +74,7 @@ def find_state(state: optax.OptState) -> SAMState:
             "`ascent=optax_sam.ascent.masked(...)`."
         )
         raise ValueError(msg)
+    _check_place(state)
     sam_state: SAMState = found[0]
     if isinstance(sam_state.rho, float | int):  # Set by hand, as `optax.tree.set(state, rho=0.1)`.
         sam_state = sam_state._replace(rho=jnp.asarray(sam_state.rho))
@@ -82,6 +84,40 @@ def find_state(state: optax.OptState) -> SAMState:
             (rho,), (like,) = jax.tree.leaves(value), jax.tree.leaves(sam_state.rho)
             sam_state = sam_state._replace(rho=jnp.asarray(rho, like.dtype))
     return sam_state
+
+
+def _check_place(state: Any) -> None:
+    """Refuses what an optimizer's state shows to be wrong around the variant, and is silent about it."""
+
+    def check(node: Any) -> bool:
+        """Looks at one node of the state; false, so that the search goes on into it."""
+        if isinstance(node, optax.MultiStepsState) and _holds_variant(node):
+            msg = (
+                "`optax.MultiSteps` around a sharpness-aware variant accumulates only one of its two "
+                "gradients, and mixes batches. Put it after the variant, "
+                "`optax.chain(variant, optax.MultiSteps(base, 4).gradient_transformation())`, or take the "
+                "step of the whole batch, `sam_value_and_grad(..., microbatch_size=n, batch_argnums=1)`."
+            )
+            raise ValueError(msg)
+        if type(node) is tuple or isinstance(node, OrderedDict):  # The state of a chain.
+            links = list(node.values() if isinstance(node, OrderedDict) else node)
+            before = next((links[:i] for i, link in enumerate(links) if _holds_variant(link)), ())
+            for link in before:
+                if isinstance(link, tuple) and type(link).__name__.endswith("State"):
+                    msg = (
+                        "In a chain the variant comes first. Before it stands a transformation (its state is "
+                        f"{type(link).__name__}) that would act on both gradients at once, or on one alone, "
+                        "without a word. Put it after the variant: "
+                        "`optax.chain(variant, optax.clip_by_global_norm(1.0), base)`."
+                    )
+                    raise ValueError(msg)
+        return False
+
+    jax.tree.leaves(state, is_leaf=check)
+
+
+def _holds_variant(state: Any) -> bool:
+    return bool(optax.tree.get_all_with_path(state, "SAMState"))
 
 
 def radius(rho: Any, step: jax.Array, params: Any, current: jax.Array | None = None) -> jax.Array:

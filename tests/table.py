@@ -34,6 +34,8 @@ class Row:
     algebra: int = 25
     # Whether the direction scales with the loss.
     scale_invariant: bool = True
+    # Whether the first pass is at params, and not at a random point nearby.
+    clean_at_params: bool = True
 
     def make(self, **overrides: Any) -> Any:
         """The variant of this row, with some arguments replaced."""
@@ -121,6 +123,7 @@ ROWS = (
         base_at_zero=False,
         static_args=("key",),
         scale_invariant=False,
+        clean_at_params=False,
     ),
     _row(
         "looksam",

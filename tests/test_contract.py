@@ -340,7 +340,6 @@ def test_state_is_found_in_wrappers(row: Row) -> None:
     wrappers = [
         optax.apply_if_finite(tx, 3),
         optax.masked(tx, jax.tree.map(lambda _: True, params)),
-        optax.MultiSteps(tx, 2).gradient_transformation(),
         optax.partition({"all": tx}, jax.tree.map(lambda _: "all", params)),
     ]
     for wrapper in wrappers:
