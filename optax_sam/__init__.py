@@ -1,5 +1,6 @@
 """Sharpness-aware minimization for JAX and Optax."""
 
+from optax_sam import _export as _export
 from optax_sam import ascent as ascent
 from optax_sam import landscape as landscape
 from optax_sam import linen as linen

@@ -256,6 +256,7 @@ def sharpness_aware(
     )
 
     def init(params: optax.Params) -> SAMState:
+        params = jax.tree.map(jnp.asarray, params)  # Some may be plain numbers.
         step = jnp.zeros((), jnp.int32)
         memory = () if init_memory is None else init_memory(params)
         return SAMState(step, radius(rho, step, params), memory)
@@ -270,6 +271,7 @@ def sharpness_aware(
         **extra_args: Any,
     ) -> tuple[optax.Updates, SAMState]:
         given = as_pair(updates, clean_updates, statistics, params)
+        params = jax.tree.map(jnp.asarray, params)
         like = given.perturbed if params is None else params
         _checks.same_shapes("The perturbed gradient", given.perturbed, like)
         _checks.same_shapes("The clean gradient", given.clean, like)
