@@ -60,6 +60,8 @@ def norm(tree: Any, ord: float = 2.0) -> jax.Array:
     which float arithmetic is accurate does a second, rescaled pass run.
     """
     leaves = jax.tree.leaves(upcast(tree))
+    # Of one dtype: the square of a float32 may leave the range of float32 beside a leaf of float64.
+    leaves = [x.astype(jnp.result_type(*leaves)) for x in leaves]
     if ord == jnp.inf:
         return _largest(leaves)
     if ord != 2.0:
