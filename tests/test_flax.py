@@ -13,8 +13,8 @@ import optax
 import pytest
 import table
 from flax import nnx
+from flax.training import train_state
 from flax.training.dynamic_scale import DynamicScale
-from flax.training.train_state import TrainState
 
 import optax_sam
 
@@ -38,7 +38,7 @@ NETWORK = Network()
 VARIABLES = NETWORK.init(jax.random.key(0), X, train=False)
 
 
-class State(TrainState):
+class State(train_state.TrainState):
     batch_stats: Any
 
 
@@ -246,7 +246,7 @@ state = TrainState.create(
     apply_fn=network.apply, tx=tx, params=variables["params"], batch_stats=variables["batch_stats"],
     dynamic_scale=dynamic_scale,
 )
-state = jax_utils.replicate(state)
+state = jax.tree.map(lambda x: jnp.broadcast_to(x, (8, *jnp.shape(x))), state)
 p_train_step = jax.pmap(train_step, axis_name="batch")
 for i in range(3):
     state, loss = p_train_step(state, {"image": images, "label": labels})
@@ -319,15 +319,12 @@ class TinyResNet(nn.Module):
 @pytest.mark.parametrize("half_precision", [False, True])
 def test_imagenet_example_changes_by_two_lines(half_precision: bool) -> None:
     """Linen, pmap over 8 devices, BatchNorm, dynamic scale, an L2 penalty in the loss."""
-    import flax.jax_utils
-    import flax.training.train_state
-
     images = jax.random.normal(jax.random.key(0), (8, 4, 6))
     labels = jnp.arange(32).reshape(8, 4) % 3
 
     def run(source: str, variant: Any) -> Any:
         names = {
-            **globals(), "train_state": flax.training.train_state, "jax_utils": flax.jax_utils,
+            **globals(), "train_state": train_state,
             "lax": jax.lax, "variant": variant, "images": images, "labels": labels,
             "network": TinyResNet(jnp.float16 if half_precision else jnp.float32),
             "dynamic_scale": DynamicScale() if half_precision else None,

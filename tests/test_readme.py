@@ -126,7 +126,14 @@ def test_pictures_exist() -> None:
 
 def test_public_docstrings() -> None:
     """Everything public says what it does, with an example where it can be called."""
-    for module in (optax_sam, optax_sam.ascent, optax_sam.schedules, optax_sam.sharpness):
+    for module in (
+        optax_sam,
+        optax_sam.ascent,
+        optax_sam.linen,
+        optax_sam.nnx,
+        optax_sam.schedules,
+        optax_sam.sharpness,
+    ):
         for name, value in vars(module).items():
             own = module in (optax_sam, inspect.getmodule(value))
             if name[0] == "_" or not inspect.isfunction(value) or not own:
@@ -143,4 +150,4 @@ def test_core_needs_little() -> None:
     """The files of the package import nothing at the top but the standard library, JAX, Optax and NumPy."""
     for path in (ROOT / "optax_sam").rglob("*.py"):
         names = re.findall(r"^(?:import|from) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-        assert not set(names) & {"flax", "chex", "matfree", "matplotlib", "tqdm", "orbax", "sklearn"}, path
+        assert not set(names) & {"flax", "chex", "equinox", "haiku", "matfree", "matplotlib", "tqdm", "orbax", "sklearn"}, path
