@@ -181,6 +181,9 @@ ROWS = (
 
 BY_NAME = {row.name: row for row in ROWS}
 
+# One row of each constructor, for tests of what its options do not touch.
+VARIANTS = tuple({row.constructor: row for row in reversed(ROWS)}.values())
+
 
 def params(dtype: Any = jnp.float32, seed: int = 0) -> dict[str, Any]:
     """Params of several leaves and ranks."""

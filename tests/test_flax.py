@@ -15,10 +15,11 @@ import table
 from flax import nnx
 from flax.training import train_state
 from flax.training.dynamic_scale import DynamicScale
+from quick import QUICK
 
 import optax_sam
 
-every_row = pytest.mark.parametrize("row", table.ROWS, ids=lambda row: row.name)
+every_variant = pytest.mark.parametrize("row", table.VARIANTS, ids=lambda row: row.name)
 
 X = jax.random.normal(jax.random.key(0), (16, 3))
 Y = jnp.sin(X @ jnp.array([1.0, -2.0, 0.5]))
@@ -49,7 +50,7 @@ def linen_loss(params: Any, batch_stats: Any, x: Any, y: Any, key: Any) -> Any:
     return jnp.mean((output - y) ** 2), new["batch_stats"]
 
 
-@every_row
+@every_variant
 def test_linen_statistics_are_those_of_one_pass(row: table.Row) -> None:
     """Bit for bit: the value and the statistics of BatchNorm after a step in a stock `TrainState`."""
     variant, tx = row.optimizer()
@@ -108,7 +109,7 @@ def test_both_passes_see_one_dropout_mask() -> None:
     assert max(jax.tree.leaves(differences)) > 1e-2
 
 
-@every_row
+@every_variant
 def test_dynamic_scale(row: table.Row) -> None:
     """Half precision: an overflow changes neither params nor the variant's state, only the scale."""
     variant, tx = row.optimizer()
@@ -116,7 +117,7 @@ def test_dynamic_scale(row: table.Row) -> None:
     def loss(params: Any, x: Any) -> Any:
         return table.loss(jax.tree.map(lambda w: w.astype(jnp.float16), params), x.astype(jnp.float16))
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def step(params: Any, state: Any, scale: Any, x: Any) -> Any:
         grad_fn = optax_sam.linen.dynamic_scale_value_and_grad(scale, loss, variant)
         scale, finite, value, grads = grad_fn(params, x, state=state)
@@ -144,7 +145,7 @@ def test_dynamic_scale(row: table.Row) -> None:
     assert int(optax.tree.get(state, "SAMState").step) == 40 - skipped
     assert any(b == 2 * a for a, b in itertools.pairwise(scales))  # Flax's rule: up again.
     if finite:  # The gradients are those of the same scale given by hand.
-        value_and_grad = jax.jit(optax_sam.sam_value_and_grad(loss, variant))
+        value_and_grad = jax.jit(optax_sam.sam_value_and_grad(loss, variant), compiler_options=QUICK)
         _, by_hand = value_and_grad(before[0], table.batch(seed=39), state=before[1], loss_scale=used.scale)
         chex.assert_trees_all_close(grads, by_hand, rtol=1e-3, atol=1e-3)
 
@@ -366,7 +367,7 @@ def nnx_loss(model: Any, x: Any, y: Any, *, rngs: Any, scale: str = "") -> Any:
     return jnp.mean((model(x, rngs) - y) ** 2)
 
 
-@every_row
+@every_variant
 def test_nnx_variants(row: table.Row) -> None:
     """Every variant, eagerly, by both forms of the update, against the plain-pytree door."""
     variant, tx = row.optimizer()

@@ -150,4 +150,14 @@ def test_core_needs_little() -> None:
     """The files of the package import nothing at the top but the standard library, JAX, Optax and NumPy."""
     for path in (ROOT / "optax_sam").rglob("*.py"):
         names = re.findall(r"^(?:import|from) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-        assert not set(names) & {"flax", "chex", "equinox", "haiku", "matfree", "matplotlib", "tqdm", "orbax", "sklearn"}, path
+        assert not set(names) & {
+            "flax",
+            "chex",
+            "equinox",
+            "haiku",
+            "matfree",
+            "matplotlib",
+            "tqdm",
+            "orbax",
+            "sklearn",
+        }, path

@@ -18,7 +18,7 @@ from quick import QUICK
 
 import optax_sam
 
-every_row = pytest.mark.parametrize("row", table.ROWS, ids=lambda row: row.name)
+every_variant = pytest.mark.parametrize("row", table.VARIANTS, ids=lambda row: row.name)
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
@@ -87,7 +87,7 @@ def test_learning_the_radius() -> None:
         np.testing.assert_allclose(slope, difference, rtol=1e-6)
 
 
-@every_row
+@every_variant
 def test_donation_and_ahead_of_time(row: table.Row) -> None:
     """Params and state are given away and reused in place; a step compiled ahead of time is that step."""
     step, tx = make_step(row)
@@ -104,7 +104,7 @@ def test_donation_and_ahead_of_time(row: table.Row) -> None:
     compiled(*outputs[:2], batch)  # The new state fits the same program.
 
 
-@every_row
+@every_variant
 def test_rematerialisation(row: table.Row) -> None:
     """`jax.checkpoint` in the model changes no number."""
     params, batch = table.params(), table.batch()
@@ -120,7 +120,7 @@ for _kind in (optax.EmptyState, optax.TraceState):
     export.register_namedtuple_serialization(_kind, serialized_name=f"optax.{_kind.__name__}")
 
 
-@every_row
+@every_variant
 def test_export(row: table.Row) -> None:
     """A step written to bytes and read again is the step, with its state as it was."""
     step, tx = make_step(row)
@@ -246,7 +246,7 @@ class Weights:
     name: str = dataclasses.field(default="dense", metadata={"static": True})
 
 
-@every_row
+@every_variant
 def test_params_of_any_shape(row: table.Row) -> None:
     """A dataclass, tuples, None, an empty tree and a bare number among the params."""
     params = Weights(jnp.ones((3, 2)), (None, {"a": jnp.zeros(2), "empty": {}}, [1.5]))
