@@ -1,14 +1,16 @@
-"""Adversarial attacks on networks that were trained on clean digits, by SGD and by SAM.
+"""Adversarial attacks on networks that were trained on clean digits, by SGD, by SAM, and by SGD with L2.
 
     python examples/adversarial.py
 
 Nobody saw an attacked image in training. The attacker knows the network and moves every pixel by at most eps,
 where black is 0 and white is 1: FGSM in one step, PGD in 40 steps from a random start (Madry et al. 2018,
 https://arxiv.org/abs/1706.06083). That SAM alone helps against it was seen by Wei et al. 2023
-(https://arxiv.org/abs/2305.05392).
+(https://arxiv.org/abs/2305.05392). The radius and the L2 penalty are those that were best on clean images, on
+the seeds 0 to 4.
 """
 
 import argparse
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -87,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(argv)
     seeds, radii = reporting.seeds_of(options), [0.0, *options.eps]
     setting = Setting("momentum", None, 0.0, options.epochs * (NUM_TRAIN // BATCH_SIZE))
-    arms = [base_arm(setting), *(variant_arm("sam", rho, setting) for rho in options.rho)]
+    decay = dataclasses.replace(setting, weight_decay=options.weight_decay)
+    arms = [base_arm(setting), *(variant_arm("sam", rho, setting) for rho in options.rho), base_arm(decay)]
     data = stack(load(seed, label_noise=0.0) for seed in seeds)
     raw = [pixels(np.random.default_rng(seed))[0] for seed in seeds]
     scaling = tuple(map(jnp.asarray, map(np.float32, zip(*map(scale, raw), strict=True))))
@@ -109,16 +112,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     values.setdefault(f"{name}, eps {eps:g}" if eps else "clean", {})[arm.name] = row
             bar.update()
 
-    report = {"rows": reporting.compare(dict(sorted(values.items(), key=lambda item: order(item[0]))))}
+    report = {"rows": reporting.compare(values)}
     report["meaning"] = meaning(report["rows"], arms[0].name)
     print(reporting.comparison_table(report["rows"], "test accuracy, %"), report["meaning"], sep="\n\n")
     reporting.save(options, "adversarial", figure(report["rows"], radii), report)
     return report
-
-
-def order(setting: str) -> tuple[bool, bool]:
-    """Clean images first, then FGSM."""
-    return setting != "clean", setting.startswith("PGD")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -138,9 +136,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--rho",
         type=reporting.number(float, 0, above=True),
         nargs="+",
-        default=[0.1, 0.5],
+        default=[0.5],
         metavar="RHO",
-        help="radii of SAM (default: 0.1 0.5)",
+        help="radii of SAM (default: 0.5)",
+    )
+    parser.add_argument(
+        "--weight-decay",
+        type=reporting.number(float, 0, above=True),
+        default=0.005,
+        help="L2 of the run to compare with (default: %(default)s)",
     )
     reporting.common_options(parser, "results/adversarial", epochs=(60, 2), seeds=(5, 2), steps=(40, 3))
     return reporting.finish(parser, argv)
@@ -174,7 +178,7 @@ def meaning(rows: dict[str, Any], base: str) -> str:
 def figure(rows: dict[str, Any], radii: Sequence[float]) -> Figure:
     """Accuracy against eps, a panel for each attack."""
     picture = Figure(figsize=(9, 3.8), layout="constrained")
-    shades = (reporting.GREY, reporting.BLUE, reporting.RED, "#d98c00", "#3a7d34")
+    shades = (reporting.GREY, reporting.RED, reporting.BLUE, "#d98c00", "#3a7d34")
     for axes, attack in zip(picture.subplots(1, 2, sharey=True), ("FGSM", "PGD"), strict=True):
         settings = ["clean", *(f"{attack}, eps {eps:g}" for eps in radii[1:])]
         for i, name in enumerate(rows["clean"]):

@@ -1,7 +1,5 @@
 """A variant of one's own in one file: VaSSO (Li and Giannakis, NeurIPS 2023, https://arxiv.org/abs/2309.15639).
 
-    python examples/custom_variant.py
-
 The gradient of a batch is noisy, and so is the direction in which SAM climbs. VaSSO climbs along a running
 mean of the gradients instead; the perturbed gradient is that of the batch. Compared with SAM on wrong labels.
 """
@@ -46,8 +44,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     options = finish(parser, argv)
     steps = options.epochs * (NUM_TRAIN // options.batch_size)
     setting = Setting(options.base_optimizer, options.learning_rate, options.weight_decay, steps)
-    variant, sam = vasso(0.7), variant_arm("sam", 0.7, setting)
-    own = Arm("vasso, rho 0.7", variant, optax.chain(variant, setting.optimizer))
+    # On the seeds 0 to 4 this was the best of five radii, for both.
+    variant, sam = vasso(0.85), variant_arm("sam", 0.85, setting)
+    own = Arm("vasso, rho 0.85", variant, optax.chain(variant, setting.optimizer))
 
     def meaning(report: dict[str, Any]) -> str:
         finals = [report["arms"][arm.name]["final"]["values"] for arm in (own, sam)]

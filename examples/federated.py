@@ -27,7 +27,7 @@ from tqdm import tqdm
 import optax_sam
 
 BATCH_SIZE = 20
-LEARNING_RATE = 0.1
+LEARNING_RATE = 0.3
 MODEL = MLP()
 
 # Chosen on the seeds 0 to 4.
@@ -95,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(argv)
     seeds, (rounds, steps) = reporting.seeds_of(options), (options.rounds, options.steps)
     data = stack(load(seed, label_noise=0.0) for seed in seeds)
-    start = stack(MODEL.init(jax.random.key(seed), jnp.zeros((1, 64)))["params"] for seed in seeds)
+    init = jax.jit(jax.vmap(lambda key: MODEL.init(key, jnp.zeros((1, 64)))["params"]))
+    start = init(stack(jax.random.key(seed) for seed in seeds))
     programs = {
         # Over the seeds; the round, and within it the clients, are one program for every alpha.
         arm.name: jax.jit(jax.vmap(functools.partial(federated_round, arm)))

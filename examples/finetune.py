@@ -168,7 +168,7 @@ def pretrain(seeds: Sequence[int], epochs: int) -> tuple[optax.Params, Task, jax
     first, second = (stack(task) for task in zip(*map(tasks, seeds), strict=True))
     images = first.images.shape[1]
     order = stack(batches(seed, images, epochs * images // 50, 50) for seed in seeds)
-    init = jax.vmap(lambda key: NETWORK.init(key, jnp.zeros((1, 64)))["params"])
+    init = jax.jit(jax.vmap(lambda key: NETWORK.init(key, jnp.zeros((1, 64)))["params"]))
     params = init(stack(jax.random.key(seed) for seed in seeds))
     train = functools.partial(fit, layers=TRAINED["all"], base=BASES["momentum"], rate=0.01)
     params, accuracy = jax.jit(jax.vmap(train))(params, jnp.zeros(len(seeds)), first, order)
@@ -225,9 +225,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="labelled images of each class (default: 5 10 20)",
     )
-    add("--bases", choices=BASES, nargs="+", default=list(BASES), help="base optimizers (default: all)")
+    add("--bases", choices=BASES, nargs="+", help="base optimizers (default: all, with --quick: momentum)")
     reporting.common_options(parser, "results/finetune", steps=(300, 10), seeds=(10, 2))
-    return reporting.finish(parser, argv)
+    options = reporting.finish(parser, argv)
+    options.bases = options.bases or (["momentum"] if options.quick else list(BASES))
+    return options
 
 
 def headline(options: argparse.Namespace, report: dict[str, Any]) -> str:
@@ -242,48 +244,45 @@ def headline(options: argparse.Namespace, report: dict[str, Any]) -> str:
 
 def meaning(rows: dict[str, Any]) -> str:
     """Where SAM helps, and where it does not."""
-    groups: dict[str, list[str]] = {"every seed": [], "average only": [], "not": []}
+    groups: dict[str, list[str]] = {"better": [], "not told apart": [], "worse": []}
     for setting, row in rows.items():
         gain = row["with SAM"]["gain"]
-        won = (
-            "every seed"
-            if gain["wins"] == len(gain["values"])
-            else "average only"
-            if gain["mean"] > 0
-            else "not"
-        )
-        groups[won].append(f"{setting} ({gain['mean']:+.1f})")
+        away = reporting.standard_errors(gain)
+        group = "better" if away > 2 else "worse" if away < -2 else "not told apart"
+        groups[group].append(f"{setting} ({gain['mean']:+.1f})")
     return (
-        f"SAM helps on every seed: {'; '.join(groups['every seed']) or 'nowhere'}.\n"
-        f"On average only: {'; '.join(groups['average only']) or 'nowhere'}.\n"
-        f"Not: {'; '.join(groups['not']) or 'nowhere'}."
+        f"SAM better by more than two standard errors: {'; '.join(groups['better']) or 'nowhere'}.\n"
+        f"Worse by more than two: {'; '.join(groups['worse']) or 'nowhere'}.\n"
+        f"Not told apart: {'; '.join(groups['not told apart']) or 'none'}."
     )
 
 
 def figure(rows: dict[str, Any], options: argparse.Namespace) -> Figure:
-    """Accuracy by the number of labels; a panel for each choice of layers."""
-    picture = Figure(figsize=(3.6 * len(TRAINED), 3.8), layout="constrained")
-    panels = picture.subplots(1, len(TRAINED), sharey=True)
-    for axes, name in zip(panels, TRAINED, strict=True):
-        for base, marker in zip(options.bases, "os", strict=False):
-            for arm, colour, style in (
+    """Accuracy by the number of labels, and the paired difference; a column for each choice of layers."""
+    picture = Figure(figsize=(3.4 * len(TRAINED), 5.6), layout="constrained")
+    above, below = picture.subplots(2, len(TRAINED), sharex=True, sharey="row", height_ratios=(3, 2))
+    for name, top, bottom in zip(TRAINED, above, below, strict=True):
+        for base, marker, shift in zip(options.bases, "os", (-0.15, 0.15), strict=False):
+            settings = [rows[f"{name}, {base}, {labels}"] for labels in options.labels]
+            for arm, colour, line in (
                 ("base optimizer", reporting.GREY, "--"),
                 ("with SAM", reporting.RED, "-"),
             ):
-                spreads = [rows[f"{name}, {base}, {labels}"][arm] for labels in options.labels]
-                axes.errorbar(
-                    options.labels,
-                    [value["mean"] for value in spreads],
-                    [value["sd"] or 0.0 for value in spreads],
-                    color=colour,
-                    linestyle=style,
-                    marker=marker,
-                    capsize=3,
-                    label=base if arm == "base optimizer" else f"SAM, {base}",
-                )
-        reporting.style(axes, title=f"trained: {name}", xlabel="labels of each class", xticks=options.labels)
-    panels[0].set_ylabel("test accuracy, %")
-    panels[-1].legend(frameon=False, loc="lower right")
+                means = [row[arm]["mean"] for row in settings]
+                label = base if arm == "base optimizer" else f"SAM, {base}"
+                top.plot(options.labels, means, line + marker, color=colour, label=label)
+            gains = [row["with SAM"]["gain"] for row in settings]
+            errors = [(gain["sd"] or 0.0) / np.sqrt(len(gain["values"])) for gain in gains]
+            places = np.array(options.labels) + shift
+            bottom.errorbar(
+                places, [gain["mean"] for gain in gains], errors, color=reporting.RED, fmt=marker, capsize=3
+            )
+        bottom.axhline(0.0, color=reporting.GREY, linestyle="--")
+        reporting.style(top, title=f"trained: {name}")
+        reporting.style(bottom, xlabel="labels of each class", xticks=options.labels)
+    above[0].set_ylabel("test accuracy, %")
+    below[0].set_ylabel("gain of SAM, points\n(± standard error)")
+    above[-1].legend(frameon=False, loc="lower right")
     return picture
 
 

@@ -111,6 +111,13 @@ def verdict(gain: Mapping[str, Any], over: str, what: str = "final accuracy") ->
     return f"does not help: {points} against {over} (better on {seen})"
 
 
+def standard_errors(gain: Mapping[str, Any]) -> float:
+    """How many standard errors a mean difference is away from 0; one seed says nothing."""
+    if not gain["sd"]:
+        return 0.0
+    return gain["mean"] / (gain["sd"] / math.sqrt(len(gain["values"])))
+
+
 def compare(values: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
     """The numbers of a comparison, from `{setting: {arm: percent, by seed}}`; the first arm is the base."""
     report: dict[str, Any] = {}

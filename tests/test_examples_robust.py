@@ -33,10 +33,13 @@ ROOT = Path(__file__).parent.parent
             "label_noise",
             ["wrong labels:", "sam, rho 0.7", "momentum, tuned L2 0.02", "60% wrong: sam, rho 0.7"],
         ),
-        ("finetune", ["all, momentum, 5", "head, momentum, 5", "SAM helps on every seed: "]),
+        (
+            "finetune",
+            ["all, momentum, 5", "head, momentum, 5", "SAM better by more than two standard errors: "],
+        ),
         ("adversarial", ["clean", "FGSM, eps 0.05", "PGD, eps 0.05"]),
         ("federated", ["alpha 0.1, last round", "alpha 100, last round"]),
-        ("custom_variant", ["momentum", "vasso, rho ", "sam, rho 0.7"]),
+        ("custom_variant", ["momentum", "vasso, rho ", "sam, rho 0.85"]),
     ],
 )
 def test_quick_run_as_a_user_starts_it(program, printed, tmp_path):
@@ -85,6 +88,7 @@ def test_comparisons_are_paired():
     assert (gain["values"], gain["worst"], gain["wins"]) == ([1.0, -0.5], -0.5, 1)
     assert gain["mean"] == pytest.approx(0.25)
     assert gain["sd"] == pytest.approx(1.5 / 2**0.5)
+    assert reporting.standard_errors(gain) == pytest.approx(0.25 / 0.75)
     assert "+0.2 ± 1.1" in reporting.comparison_table(report, "accuracy")
     assert "1 of 2" in reporting.comparison_table(report, "accuracy")
 
@@ -110,14 +114,20 @@ def test_training_at_once_is_training_one_by_one():
 # Fine-tuning.
 
 
+@functools.cache
+def _program(mode):
+    return jax.jit(
+        functools.partial(
+            finetune.fit, layers=finetune.TRAINED[mode], base=finetune.BASES["momentum"], rate=0.1
+        )
+    )
+
+
 def _finetuned(mode, rho):
     _, task = finetune.tasks(3)
     params = finetune.NETWORK.init(jax.random.key(0), task.images)["params"]
-    train = functools.partial(
-        finetune.fit, layers=finetune.TRAINED[mode], base=finetune.BASES["momentum"], rate=0.1
-    )
     order = finetune.batches(3, 25, 4, 20)
-    return params, jax.jit(train)(params, jnp.asarray(rho), task, order)[0], task, order
+    return params, _program(mode)(params, jnp.asarray(rho), task, order)[0], task, order
 
 
 @pytest.mark.parametrize(
@@ -139,6 +149,7 @@ def test_training_of_the_head_by_hand(rho):
     params, after, task, order = _finetuned("head", rho)
     head, rate = params["head"], optax.cosine_decay_schedule(0.1, 4)
 
+    @jax.jit
     @jax.grad
     def gradient(head, rows):
         output = finetune.NETWORK.apply({"params": {**params, "head": head}}, task.images[rows])
@@ -213,8 +224,8 @@ def test_dirichlet_split_is_a_partition(alpha):
     counts = np.array([np.bincount(labels[part], minlength=10) for part in parts])
     if alpha == 1000.0:
         assert np.all(np.abs(counts - np.bincount(labels) / 10) < 3)
-    if alpha == 0.01:  # Nearly all images of a digit are with one client; some clients have none at all.
-        assert np.all(counts.max(axis=0) > 0.5 * np.bincount(labels))
+    if alpha == 0.01:  # Nearly all images of most digits are with one client; some clients have none at all.
+        assert np.median(counts.max(axis=0) / np.bincount(labels)) > 0.9
         assert np.any(counts.sum(axis=1) == 0)
     plan = federated.plan(parts, 3, 2, np.random.default_rng(2))
     assert plan.shape == (3, 10, 2, federated.BATCH_SIZE)
