@@ -27,11 +27,11 @@ from tqdm import tqdm
 import optax_sam
 
 BATCH_SIZE = 20
-LEARNING_RATE = 0.3
 MODEL = MLP()
 
-# Chosen on the seeds 0 to 4.
-RHO = 0.2
+# The rate suits FedAvg best, and the radius FedSAM at that rate, on seeds that are not reported.
+LEARNING_RATE = 0.3
+RHO = 0.4
 
 
 def dirichlet_split(
@@ -158,13 +158,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--alpha",
         type=positive,
         nargs="+",
-        default=[0.1, 0.5, 100.0],
+        default=[0.05, 0.3, 100.0],
         metavar="ALPHA",
-        help="how even the digits are spread over the clients (default: 0.1 0.5 100)",
+        help="how even the digits are spread over the clients (default: 0.05 0.3 100)",
     )
     parser.add_argument("--rho", type=positive, default=RHO, help="radius of SAM (default: %(default)s)")
     reporting.common_options(
-        parser, "results/federated", clients=(10, 4), rounds=(60, 2), steps=(10, 2), seeds=(5, 2)
+        parser, "results/federated", clients=(10, 4), rounds=(20, 2), steps=(50, 2), seeds=(5, 2)
     )
     return reporting.finish(parser, argv)
 
@@ -191,6 +191,9 @@ def figure(curves: dict[float, dict[str, np.ndarray]], digits: dict[str, float])
             )
         title = f"alpha {alpha:g}: {digits[f'{alpha:g}']:.1f} digits a client"
         reporting.style(axes, title=title, xlabel="round")
+    # Of the first rounds no more than is seen of the rest.
+    last = [values[:, -1].min() for named in curves.values() for values in named.values()]
+    panels[0].set_ylim(min(last) - 6, 100)
     panels[0].set_ylabel("test accuracy of the server, %")
     panels[-1].legend(frameon=False, loc="lower right")
     return picture

@@ -146,12 +146,11 @@ def comparison_table(report: Mapping[str, Any], head: str) -> str:
 def align(lines: Sequence[Sequence[str]]) -> str:
     """Columns of the same width, the first flush left and the others flush right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [line[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(line[1:], widths[1:], strict=True))]
-        )
+    rows = [
+        [line[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(line[1:], widths[1:], strict=True))]
         for line in lines
-    )
+    ]
+    return "\n".join("  ".join(row).rstrip() for row in rows)
 
 
 # Figures and files.
@@ -171,6 +170,6 @@ def save(options: argparse.Namespace, name: str, picture: Figure, content: Mappi
         "python": platform.python_version()
     }
     everything = {"options": settings, "versions": versions, **content}
-    picture.savefig(options.output / f"{name}.png", dpi=110)
+    picture.savefig(options.output / f"{name}.png", dpi=96)
     (options.output / f"{name}.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
     print(f"\nWritten: {options.output / name}.png and {name}.json")
