@@ -132,6 +132,12 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def initial_params(model: nn.Module, seed: int) -> optax.Params:
+    """The params that a seed gives a model."""
+    return model.init(jax.random.key(seed), jnp.zeros((1, 64)))["params"]
+
+
 def make_train_step(
     model: nn.Module, variant: optax_sam.SharpnessAwareTransformation | None
 ) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, jax.Array]]:
@@ -209,7 +215,7 @@ class _Trainer:
 
     def init(self, seed: int) -> TrainState:
         """The same params for every arm of a seed."""
-        params = self.model.init(jax.random.key(seed), jnp.zeros((1, 64)))["params"]
+        params = initial_params(self.model, seed)
         return TrainState.create(apply_fn=self.model.apply, params=params, tx=self.tx)
 
     def timed_epoch(self, state: TrainState, data: Digits, order: jax.Array) -> tuple[TrainState, list[Any]]:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import reporting
-from digits import MLP, NUM_CLASSES, Arm, Digits, load, make_train_step, stack
+from digits import MLP, NUM_CLASSES, Arm, Digits, initial_params, load, make_train_step, stack
 from flax.training.train_state import TrainState
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -95,8 +95,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(argv)
     seeds, (rounds, steps) = reporting.seeds_of(options), (options.rounds, options.steps)
     data = stack(load(seed, label_noise=0.0) for seed in seeds)
-    init = jax.jit(jax.vmap(lambda key: MODEL.init(key, jnp.zeros((1, 64)))["params"]))
-    start = init(stack(jax.random.key(seed) for seed in seeds))
+    start = stack(initial_params(MODEL, seed) for seed in seeds)
     programs = {
         # Over the seeds; the round, and within it the clients, are one program for every alpha.
         arm.name: jax.jit(jax.vmap(functools.partial(federated_round, arm)))

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import reporting
-from digits import cross_entropy, pixels, stack
+from digits import cross_entropy, initial_params, pixels, stack
 from flax.training.train_state import TrainState
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -168,12 +168,11 @@ def pretrain(seeds: Sequence[int], epochs: int) -> tuple[optax.Params, Task, jax
     first, second = (stack(task) for task in zip(*map(tasks, seeds), strict=True))
     images = first.images.shape[1]
     order = stack(batches(seed, images, epochs * images // 50, 50) for seed in seeds)
-    init = jax.jit(jax.vmap(lambda key: NETWORK.init(key, jnp.zeros((1, 64)))["params"]))
-    params = init(stack(jax.random.key(seed) for seed in seeds))
+    params = stack(initial_params(NETWORK, seed) for seed in seeds)
     train = functools.partial(fit, layers=TRAINED["all"], base=BASES["momentum"], rate=0.01)
     params, accuracy = jax.jit(jax.vmap(train))(params, jnp.zeros(len(seeds)), first, order)
-    new_head = init(stack(jax.random.key(1000 + seed) for seed in seeds))["head"]
-    return {**params, "head": new_head}, second, accuracy
+    fresh = stack(initial_params(NETWORK, 1000 + seed) for seed in seeds)
+    return {**params, "head": fresh["head"]}, second, accuracy
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
