@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import reporting
 from digits import NUM_TRAIN
 from digits_recipes import RECIPES, Setting, base_arm, tuned_l2_arm, variant_arm
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from train_digits import align, default_rho, finish, headline, run, save, shared_options, show, summarize
+from reporting import align, show
+from train_digits import default_rho, headline, lines_of, run, shared_options, summarize
 
 CAVEAT = (
     "Radii were chosen for 40 % noise, from a few values on other seeds; a point more or less says nothing.\n"
@@ -28,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         description="Compares all variants of sharpness-aware minimization on digits with wrong labels."
     )
     shared_options(parser, output="results/digits", seeds=3)
-    options = finish(parser, argv)
+    options = reporting.finish(parser, argv)
     setting = Setting(
         options.base_optimizer,
         options.learning_rate,
@@ -46,13 +49,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         report["arms"][arm.name]["gradients_per_step"] = cost
     sentences = meaning(report, sam=variants[0].name)
     print(table(report), sentences, CAVEAT, sep="\n\n")
-    save(
-        options,
-        {**report, "meaning": sentences},
-        curves,
-        figure(report, sam=variants[0].name),
-        "compare_variants",
-    )
+    content = {**report, "meaning": sentences, "curves": lines_of(curves)}
+    reporting.save(options, "compare_variants", figure(report, sam=variants[0].name), content)
     return report
 
 
@@ -106,22 +104,25 @@ def figure(report: dict[str, Any], sam: str) -> Figure:
     rows = sorted(report["arms"].items(), key=lambda item: item[1]["final"]["mean"])
     picture = Figure(figsize=(8, 0.32 * len(rows) + 1.4), layout="constrained")
     axes = picture.subplots()
-    colours = {report["base"]: "#7f7f7f", sam: "#c8102e"}
-    for height, (name, row) in enumerate(rows):
-        colour = colours.get(name, "#1f5fa8")
-        best, final = row["best"]["mean"], row["final"]["mean"]
-        axes.plot([final, best], [height, height], color=colour, alpha=0.35, linewidth=2)
-        axes.plot(best, height, "o", color="white", markeredgecolor=colour)
-        axes.errorbar(final, height, xerr=row["final"]["sd"] or 0.0, fmt="o", color=colour, capsize=3)
-    axes.set(
+    dots(axes, dict(rows), {report["base"]: reporting.GREY, sam: reporting.RED})
+    reporting.style(
+        axes,
         xlabel="test accuracy, %: final (filled, ± standard deviation), best epoch (open)",
         yticks=range(len(rows)),
         yticklabels=[f"{name}   ×{row['gradients_per_step']:g}" for name, row in rows],
         title="Digits with wrong labels (× gradient evaluations per step)",
     )
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="x", alpha=0.25)
     return picture
+
+
+def dots(axes: Axes, rows: dict[str, dict[str, Any]], colours: dict[str, str]) -> None:
+    """A line for each arm, from below: final accuracy filled, with its deviation, and best epoch open."""
+    for height, (name, row) in enumerate(rows.items()):
+        colour = colours.get(name, reporting.BLUE)
+        best, final = row["best"]["mean"], row["final"]["mean"]
+        axes.plot([final, best], [height, height], color=colour, alpha=0.35, linewidth=2)
+        axes.plot(best, height, "o", color="white", markeredgecolor=colour)
+        axes.errorbar(final, height, xerr=row["final"]["sd"] or 0.0, fmt="o", color=colour, capsize=3)
 
 
 if __name__ == "__main__":

@@ -15,24 +15,15 @@ The first two are in `digits_recipes.py`, with all other variants; the third is 
 """
 
 import argparse
-import json
-import math
-import platform
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-import optax
+import reporting
 from digits import MODELS, NUM_TRAIN, Arm, Curves, train
 from digits_recipes import BASES, RECIPES, Setting, base_arm, tuned_l2_arm, variant_arm
 from matplotlib.figure import Figure
-
-import optax_sam
-
-# Radii and the weight decay of 0.02 were chosen on the seeds 0 to 4; what is reported comes from others.
-FIRST_SEED = 100
+from reporting import align, gain_over, number, show, spread
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -44,12 +35,24 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     variant = variant_arm(options.variant, options.rho, setting)
     tuned = tuned_l2_arm(steps)
 
+    return train_and_report(
+        [base, variant, tuned],
+        options,
+        "digits",
+        lambda report: meaning(report, variant.name, tuned.name),
+    )
+
+
+def train_and_report(
+    arms: Sequence[Arm], options: argparse.Namespace, name: str, meaning: Callable[[dict[str, Any]], str]
+) -> dict[str, Any]:
+    """Trains three arms, the base first; prints, draws and saves what came out, with a sentence on it."""
     print(headline(options))
-    curves = run([base, variant, tuned], options)
-    report = summarize(curves, base.name)
-    sentence = meaning(report, variant.name, tuned.name)
-    print(table(report), sentence, sep="\n\n")
-    save(options, {**report, "meaning": sentence}, curves, figure(curves, options), "digits")
+    curves = run(arms, options)
+    report = summarize(curves, arms[0].name)
+    report["meaning"] = meaning(report)
+    print(table(report), report["meaning"], sep="\n\n")
+    reporting.save(options, name, figure(curves, options), {**report, "curves": lines_of(curves)})
     return report
 
 
@@ -57,7 +60,7 @@ def run(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, Curves]:
     """Trains the arms as the options say."""
     return train(
         arms,
-        range(FIRST_SEED, FIRST_SEED + options.seeds),
+        reporting.seeds_of(options),
         model=options.model,
         label_noise=options.label_noise,
         epochs=options.epochs,
@@ -68,26 +71,8 @@ def run(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, Curves]:
 # Options.
 
 
-def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Any:
-    """A type of option: a number in a range."""
-    span = f"> {low:g}" if above else f">= {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-    name = "an integer" if kind is int else "a number"
-
-    def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low < value if above else low <= value) or not value <= high or math.isinf(value):
-            msg = f"must be {name} {span}, got {text!r}"
-            raise argparse.ArgumentTypeError(msg)
-        return value
-
-    return convert
-
-
 def shared_options(parser: argparse.ArgumentParser, output: str, seeds: int) -> None:
-    """The options that both programs have."""
+    """The options of all comparisons of optimizers on digits with wrong labels."""
     rates = ", ".join(f"{name} {base.learning_rate:g}" for name, base in BASES.items())
     add = parser.add_argument
     add("--base-optimizer", choices=BASES, default="momentum", help="default: %(default)s")
@@ -104,25 +89,9 @@ def shared_options(parser: argparse.ArgumentParser, output: str, seeds: int) -> 
         default=0.4,
         help="fraction of the training labels to make wrong (default: %(default)s)",
     )
-    add("--epochs", type=number(int, 1), help="default: 100")
-    add("--seeds", type=number(int, 1), help=f"how many seeds, from {FIRST_SEED} on (default: {seeds})")
     add("--batch-size", type=number(int, 1, NUM_TRAIN), default=50, help="default: %(default)s")
     add("--model", choices=MODELS, default="mlp", help="default: %(default)s")
-    add("--output", type=Path, default=Path(output), help="folder for PNG and JSON (default: %(default)s)")
-    add("--quick", action="store_true", help="a short form to try out: 2 seeds, 10 epochs")
-    parser.set_defaults(_seeds=seeds)
-
-
-def finish(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parses, fills in defaults, and makes the output folder before anything is trained."""
-    options = parser.parse_args(argv)
-    options.epochs = options.epochs or (10 if options.quick else 100)
-    options.seeds = options.seeds or (2 if options.quick else options._seeds)
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --output: cannot make the folder {str(options.output)!r}: {error.strerror}")
-    return options
+    reporting.common_options(parser, output, epochs=(100, 10), seeds=(seeds, 2))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -140,7 +109,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"the radius (of extragradient, the step size); defaults, a third of it for the CNN: {radii}",
     )
     shared_options(parser, output="results/digits", seeds=5)
-    options = finish(parser, argv)
+    options = reporting.finish(parser, argv)
     if options.rho is None:
         options.rho = default_rho(options.variant, options.model)
     elif RECIPES[options.variant].rho is None:
@@ -165,34 +134,29 @@ def headline(options: argparse.Namespace) -> str:
 # Report.
 
 
+def accuracies(curve: Curves, base: Curves) -> dict[str, Any]:
+    """What was reached, in percent; gains are paired, seed by seed."""
+    best, final = 100 * curve.test.max(axis=1), 100 * curve.test[:, -1]
+    return {
+        "best": spread(best),
+        "final": spread(final),
+        "memorised": spread(100 * curve.memorised[:, -1]),
+        "gain_best": spread(best - 100 * base.test.max(axis=1)),
+        "gain_final": gain_over(final, 100 * base.test[:, -1]),
+    }
+
+
 def summarize(curves: dict[str, Curves], base: str) -> dict[str, Any]:
-    """The numbers of the table, in percent and seconds; gains are paired, seed by seed."""
+    """The numbers of the table, in percent and seconds."""
     rows = {}
     for name, curve in curves.items():
-        best, final = 100 * curve.test.max(axis=1), 100 * curve.test[:, -1]
-        base_best, base_final = 100 * curves[base].test.max(axis=1), 100 * curves[base].test[:, -1]
-        gain = final - base_final
         rows[name] = {
-            "best": _spread(best),
-            "final": _spread(final),
-            "memorised": _spread(100 * curve.memorised[:, -1]),
-            "gain_best": _spread(best - base_best),
-            "gain_final": {**_spread(gain), "worst": float(gain.min()), "wins": int(np.sum(gain > 0))},
+            **accuracies(curve, curves[base]),
             "seconds_per_run": float(curve.seconds.sum(axis=1).mean()),
             # The arms take turns: the median of the ratios does not mind what else the machine does.
             "cost_ratio": float(np.median(curve.seconds / curves[base].seconds)),
         }
     return {"base": base, "arms": rows}
-
-
-def _spread(values: np.ndarray) -> dict[str, Any]:
-    sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "sd": sd, "values": [round(float(v), 3) for v in values]}
-
-
-def show(value: dict[str, Any]) -> str:
-    """Mean and standard deviation."""
-    return f"{value['mean']:.1f}" + ("" if value["sd"] is None else f" ± {value['sd']:.1f}")
 
 
 def table(report: dict[str, Any]) -> str:
@@ -218,33 +182,14 @@ def table(report: dict[str, Any]) -> str:
     return align(lines)
 
 
-def align(lines: Sequence[Sequence[str]]) -> str:
-    """Columns of the same width, the first flush left and the others flush right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [line[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(line[1:], widths[1:], strict=True))]
-        )
-        for line in lines
-    )
-
-
 def meaning(report: dict[str, Any], variant: str, tuned: str) -> str:
     """One line on what the table says, whichever way it came out."""
     base, rows = report["base"], report["arms"]
     gain = rows[variant]["gain_final"]
-    seeds = len(gain["values"])
     to_tuned = rows[variant]["final"]["mean"] - rows[tuned]["final"]["mean"]
-    seen = f"{gain['wins']} of {seeds} seeds, the worst {gain['worst']:+.1f}"
-    points = f"{gain['mean']:+.1f} points of final accuracy"
-    if gain["mean"] > 0:
-        often = "helps" if gain["wins"] == seeds else "helps on average only"
-        verdict = f"{often}: {points} over {base} ({seen})"
-    else:
-        verdict = f"does not help: {points} against {base} (better on {seen})"
     side = "better" if to_tuned > 0 else "worse"
     return (
-        f"With the recipe otherwise unchanged, {variant} {verdict}, at "
+        f"With the recipe otherwise unchanged, {variant} {reporting.verdict(gain, base)}, at "
         f"{rows[variant]['cost_ratio']:.1f} times the time. "
         f"It is {abs(to_tuned):.1f} points {side} than {tuned} (no SAM; tuned to 40 % noise)."
     )
@@ -256,7 +201,7 @@ def figure(curves: dict[str, Curves], options: argparse.Namespace) -> Figure:
     left, right = picture.subplots(1, 2)
     epochs = np.arange(1, options.epochs + 1)
     for (name, curve), colour, style in zip(
-        curves.items(), ("#7f7f7f", "#c8102e", "#1f5fa8"), ("-", "-", "--"), strict=True
+        curves.items(), (reporting.GREY, reporting.RED, reporting.BLUE), ("-", "-", "--"), strict=True
     ):
         for axes, values in ((left, 100 * curve.test), (right, 100 * curve.memorised)):
             axes.plot(epochs, values.mean(axis=0), style, color=colour, label=name, linewidth=2)
@@ -266,9 +211,7 @@ def figure(curves: dict[str, Curves], options: argparse.Namespace) -> Figure:
     left.set(title="Accuracy on clean test images", ylabel="test accuracy, %")
     right.set(title="Wrong training labels memorised", ylabel="share of the wrong labels, %", ylim=(-2, 102))
     for axes in (left, right):
-        axes.set(xlabel="epoch", xlim=(1, max(2, options.epochs)))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
+        reporting.style(axes, xlabel="epoch", xlim=(1, max(2, options.epochs)))
     left.legend(frameon=False, loc="lower left")
     picture.suptitle(
         f"Digits, {options.label_noise:.0%} wrong labels: mean and range over {options.seeds} paired seeds"
@@ -276,22 +219,12 @@ def figure(curves: dict[str, Curves], options: argparse.Namespace) -> Figure:
     return picture
 
 
-def save(
-    options: argparse.Namespace, report: dict[str, Any], curves: dict[str, Curves], picture: Figure, name: str
-) -> None:
-    """Writes the figure, and all numbers with what they were made from."""
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k[0] != "_"}
-    versions = {m.__name__: m.__version__ for m in (optax_sam, jax, optax)} | {
-        "python": platform.python_version()
-    }
-    lines = {
+def lines_of(curves: dict[str, Curves]) -> dict[str, Any]:
+    """The curves, as they go on disk."""
+    return {
         arm: {field: np.round(v, 5).tolist() for field, v in curve._asdict().items()}
         for arm, curve in curves.items()
     }
-    content = {"options": settings, "versions": versions, **report, "curves": lines}
-    picture.savefig(options.output / f"{name}.png", dpi=110)
-    (options.output / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"\nWritten: {options.output / name}.png and {name}.json")
 
 
 if __name__ == "__main__":

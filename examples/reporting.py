@@ -1,0 +1,175 @@
+"""What the examples on digits share: options, paired comparisons, tables, figures, results on disk."""
+
+import argparse
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import optax_sam
+
+# Radii and weight decays were chosen on the seeds 0 to 4; what is reported comes from others.
+FIRST_SEED = 100
+
+GREY, RED, BLUE = "#7f7f7f", "#c8102e", "#1f5fa8"
+
+
+# Options.
+
+
+def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Any:
+    """A type of option: a number in a range."""
+    span = f"> {low:g}" if above else f">= {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+    name = "an integer" if kind is int else "a number"
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value if above else low <= value) or not value <= high or math.isinf(value):
+            msg = f"must be {name} {span}, got {text!r}"
+            raise argparse.ArgumentTypeError(msg)
+        return value
+
+    return convert
+
+
+def common_options(parser: argparse.ArgumentParser, output: str, **counts: tuple[int, int]) -> None:
+    """The options that all programs have.
+
+    Args:
+      parser: Where they go.
+      output: The default folder.
+      **counts: Options that are counts: how many by default, and how many with `--quick`.
+    """
+    meaning = {"seeds": f"how many seeds, from {FIRST_SEED} on"}
+    for name, (usual, quick) in counts.items():
+        text = f"{meaning.get(name, 'how many')} (default: {usual}, with --quick: {quick})"
+        parser.add_argument(f"--{name}", type=number(int, 1), help=text)
+    parser.add_argument(
+        "--output", type=Path, default=Path(output), help="folder for PNG and JSON (default: %(default)s)"
+    )
+    parser.add_argument("--quick", action="store_true", help="a short form to try out")
+    parser.set_defaults(_counts=counts)
+
+
+def finish(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses, fills in defaults, and makes the output folder before anything is trained."""
+    options = parser.parse_args(argv)
+    for name, (usual, quick) in options._counts.items():
+        if getattr(options, name) is None:
+            setattr(options, name, quick if options.quick else usual)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --output: cannot make the folder {str(options.output)!r}: {error.strerror}")
+    return options
+
+
+def seeds_of(options: argparse.Namespace) -> range:
+    """The seeds that the options ask for."""
+    return range(FIRST_SEED, FIRST_SEED + options.seeds)
+
+
+# Numbers.
+
+
+def spread(values: np.ndarray) -> dict[str, Any]:
+    """Mean and standard deviation over the seeds, and the values."""
+    sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "sd": sd, "values": [round(float(v), 3) for v in values]}
+
+
+def gain_over(values: np.ndarray, base: np.ndarray) -> dict[str, Any]:
+    """The paired difference, seed by seed: its spread, its worst seed, and on how many it is above 0."""
+    gain = np.asarray(values) - np.asarray(base)
+    return {**spread(gain), "worst": float(gain.min()), "wins": int(np.sum(gain > 0))}
+
+
+def show(value: Mapping[str, Any], sign: str = "") -> str:
+    """Mean and standard deviation."""
+    return f"{value['mean']:{sign}.1f}" + ("" if value["sd"] is None else f" ± {value['sd']:.1f}")
+
+
+def verdict(gain: Mapping[str, Any], over: str, what: str = "final accuracy") -> str:
+    """Whether something helps, whichever way it came out."""
+    seeds = len(gain["values"])
+    seen = f"{gain['wins']} of {seeds} seeds, the worst {gain['worst']:+.1f}"
+    points = f"{gain['mean']:+.1f} points of {what}"
+    if gain["mean"] > 0:
+        often = "helps" if gain["wins"] == seeds else "helps on average only"
+        return f"{often}: {points} over {over} ({seen})"
+    return f"does not help: {points} against {over} (better on {seen})"
+
+
+def standard_errors(gain: Mapping[str, Any]) -> float:
+    """How many standard errors a mean difference is away from 0; one seed says nothing."""
+    if not gain["sd"]:
+        return 0.0
+    return gain["mean"] / (gain["sd"] / math.sqrt(len(gain["values"])))
+
+
+def compare(values: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
+    """The numbers of a comparison, from `{setting: {arm: percent, by seed}}`; the first arm is the base."""
+    report: dict[str, Any] = {}
+    for setting, arms in values.items():
+        base = next(iter(arms.values()))
+        report[setting] = {
+            name: {**spread(v), **({} if v is base else {"gain": gain_over(v, base)})}
+            for name, v in arms.items()
+        }
+    return report
+
+
+def comparison_table(report: Mapping[str, Any], head: str) -> str:
+    """The report of `compare` as text; `head` says what the settings are."""
+    arms = list(next(iter(report.values())))
+    lines = [(head, arms[0], *(cell for name in arms[1:] for cell in (name, "difference", "seeds better")))]
+    for setting, row in report.items():
+        cells = [show(row[arms[0]])]
+        for name in arms[1:]:
+            gain = row[name]["gain"]
+            cells += [show(row[name]), show(gain, "+"), f"{gain['wins']} of {len(gain['values'])}"]
+        lines.append((setting, *cells))
+    return align(lines)
+
+
+def align(lines: Sequence[Sequence[str]]) -> str:
+    """Columns of the same width, the first flush left and the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = [
+        [line[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(line[1:], widths[1:], strict=True))]
+        for line in lines
+    ]
+    return "\n".join("  ".join(row).rstrip() for row in rows)
+
+
+# Figures and files.
+
+
+def style(axes: Axes, **settings: Any) -> None:
+    """The look of all figures."""
+    axes.set(**settings)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+
+
+def save(options: argparse.Namespace, name: str, picture: Figure, content: Mapping[str, Any]) -> None:
+    """Writes the figure, and all numbers with what they were made from."""
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k[0] != "_"}
+    versions = {m.__name__: m.__version__ for m in (optax_sam, jax, optax)} | {
+        "python": platform.python_version()
+    }
+    everything = {"options": settings, "versions": versions, **content}
+    picture.savefig(options.output / f"{name}.png", dpi=96)
+    (options.output / f"{name}.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    print(f"\nWritten: {options.output / name}.png and {name}.json")
