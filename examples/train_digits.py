@@ -15,21 +15,16 @@ The first two are in `digits_recipes.py`, with all other variants; the third is 
 """
 
 import argparse
-import json
-import math
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-import optax
+import training
 from digits import MODELS, NUM_TRAIN, Arm, Curves, train
 from digits_recipes import BASES, RECIPES, Setting, base_arm, tuned_l2_arm, variant_arm
 from matplotlib.figure import Figure
-
-import optax_sam
+from training import align, number, show, spread
 
 # Radii and the weight decay of 0.02 were chosen on the seeds 0 to 4; what is reported comes from others.
 FIRST_SEED = 100
@@ -68,24 +63,6 @@ def run(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, Curves]:
 # Options.
 
 
-def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Any:
-    """A type of option: a number in a range."""
-    span = f"> {low:g}" if above else f">= {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-    name = "an integer" if kind is int else "a number"
-
-    def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low < value if above else low <= value) or not value <= high or math.isinf(value):
-            msg = f"must be {name} {span}, got {text!r}"
-            raise argparse.ArgumentTypeError(msg)
-        return value
-
-    return convert
-
-
 def shared_options(parser: argparse.ArgumentParser, output: str, seeds: int) -> None:
     """The options that both programs have."""
     rates = ", ".join(f"{name} {base.learning_rate:g}" for name, base in BASES.items())
@@ -116,13 +93,9 @@ def shared_options(parser: argparse.ArgumentParser, output: str, seeds: int) -> 
 def finish(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses, fills in defaults, and makes the output folder before anything is trained."""
     options = parser.parse_args(argv)
-    options.epochs = options.epochs or (10 if options.quick else 100)
-    options.seeds = options.seeds or (2 if options.quick else options._seeds)
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --output: cannot make the folder {str(options.output)!r}: {error.strerror}")
-    return options
+    short = {"epochs": 10, "seeds": 2}
+    full = {"epochs": 100, "seeds": options._seeds}
+    return training.fill(parser, options, short if options.quick else full)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -173,26 +146,16 @@ def summarize(curves: dict[str, Curves], base: str) -> dict[str, Any]:
         base_best, base_final = 100 * curves[base].test.max(axis=1), 100 * curves[base].test[:, -1]
         gain = final - base_final
         rows[name] = {
-            "best": _spread(best),
-            "final": _spread(final),
-            "memorised": _spread(100 * curve.memorised[:, -1]),
-            "gain_best": _spread(best - base_best),
-            "gain_final": {**_spread(gain), "worst": float(gain.min()), "wins": int(np.sum(gain > 0))},
+            "best": spread(best),
+            "final": spread(final),
+            "memorised": spread(100 * curve.memorised[:, -1]),
+            "gain_best": spread(best - base_best),
+            "gain_final": {**spread(gain), "worst": float(gain.min()), "wins": int(np.sum(gain > 0))},
             "seconds_per_run": float(curve.seconds.sum(axis=1).mean()),
             # The arms take turns: the median of the ratios does not mind what else the machine does.
             "cost_ratio": float(np.median(curve.seconds / curves[base].seconds)),
         }
     return {"base": base, "arms": rows}
-
-
-def _spread(values: np.ndarray) -> dict[str, Any]:
-    sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "sd": sd, "values": [round(float(v), 3) for v in values]}
-
-
-def show(value: dict[str, Any]) -> str:
-    """Mean and standard deviation."""
-    return f"{value['mean']:.1f}" + ("" if value["sd"] is None else f" ± {value['sd']:.1f}")
 
 
 def table(report: dict[str, Any]) -> str:
@@ -216,17 +179,6 @@ def table(report: dict[str, Any]) -> str:
             )
         )
     return align(lines)
-
-
-def align(lines: Sequence[Sequence[str]]) -> str:
-    """Columns of the same width, the first flush left and the others flush right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [line[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(line[1:], widths[1:], strict=True))]
-        )
-        for line in lines
-    )
 
 
 def meaning(report: dict[str, Any], variant: str, tuned: str) -> str:
@@ -280,18 +232,8 @@ def save(
     options: argparse.Namespace, report: dict[str, Any], curves: dict[str, Curves], picture: Figure, name: str
 ) -> None:
     """Writes the figure, and all numbers with what they were made from."""
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k[0] != "_"}
-    versions = {m.__name__: m.__version__ for m in (optax_sam, jax, optax)} | {
-        "python": platform.python_version()
-    }
-    lines = {
-        arm: {field: np.round(v, 5).tolist() for field, v in curve._asdict().items()}
-        for arm, curve in curves.items()
-    }
-    content = {"options": settings, "versions": versions, **report, "curves": lines}
-    picture.savefig(options.output / f"{name}.png", dpi=110)
-    (options.output / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"\nWritten: {options.output / name}.png and {name}.json")
+    lines = {arm: curve._asdict() for arm, curve in curves.items()}
+    training.save(options, report, lines, picture, name)
 
 
 if __name__ == "__main__":
