@@ -3,9 +3,9 @@
     python examples/cifar_resnet.py
     python examples/cifar_resnet.py --data folder/with/cifar-10-python.tar.gz
 
-On an accelerator with data this is a ResNet-18 of full width, 200 epochs, in bfloat16 on float32 params. On a CPU,
-or without `--data`, width, images and epochs are smaller, and the first lines say so. The batch is spread over all
-devices. A run that was interrupted continues where it was when the same command is given again.
+On an accelerator with data this is a ResNet-18 of full width, 200 epochs, in bfloat16 on float32 params. On
+a CPU, or without `--data`, width, images and epochs are smaller, and the first lines say so. The batch is
+spread over all devices. A run that was interrupted continues when the same command is given again.
 """
 
 import argparse
@@ -94,6 +94,12 @@ class State(TrainState):
         return {name: getattr(self, name) for name in names}
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def init(model: ResNet, shape: Sequence[int], seed: int) -> Any:
+    """Params and statistics to begin with; compiled once for all arms and seeds."""
+    return model.init(jax.random.key(seed), jnp.zeros(shape), train=False)
+
+
 # What happens to the images.
 
 
@@ -129,7 +135,9 @@ class Trainer(training.Trainer):
         """Chooses the optimizer by its name: "sgd", or that of a variant."""
         self.name, self.options, self.source = name, options, source
         self.steps_per_epoch = training.steps_per_epoch(source.train_size, options.batch_size)
-        self.model = ResNet(source.num_classes, options.blocks, options.width, jnp.dtype(options.dtype))
+        self.model = ResNet(
+            source.num_classes, tuple(options.blocks), options.width, jnp.dtype(options.dtype)
+        )
         self.learning_rate, self.variant, self.tx = make_optimizer(name, options, self.steps_per_epoch)
 
         mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
@@ -191,13 +199,11 @@ class Trainer(training.Trainer):
         images = self.data.images.astype(np.float32)
         self.scaling = images.mean(axis=(0, 1, 2)), images.std(axis=(0, 1, 2))
 
-        def create() -> State:
-            variables = self.model.init(jax.random.key(seed), jnp.zeros((1, *images.shape[1:])), train=False)
-            state = State.create(apply_fn=None, tx=self.tx, ema=None, **variables)
-            # A copy: two names of one buffer could not both be donated to the step.
-            return state.replace(ema=jax.tree.map(jnp.copy, variables))
-
-        state = jax.jit(create, out_shardings=self.copied)()
+        variables = init(self.model, (1, *images.shape[1:]), seed)
+        state = State.create(apply_fn=None, tx=self.tx, ema=None, **variables)
+        # The average begins as a copy: two names of one buffer could not both be donated to the step.
+        state = state.replace(ema=jax.tree.map(jnp.copy, variables))
+        state = jax.device_put(state, self.copied)
         folder = (self.options.output / f"{self.name}-seed{seed}").absolute()
         self.log = Log(folder)
         self.manager = ocp.CheckpointManager(
@@ -231,7 +237,7 @@ class Trainer(training.Trainer):
         return state
 
     def measure(self, state: Any, seed: int) -> dict[str, float]:
-        """Accuracies: of params and of their average on the test set, of params on training images as they are."""
+        """Accuracies on the test set, with and without averaging, and on training images as they are."""
         del seed
         now = {"params": state.params, "batch_stats": state.batch_stats}
         size = 1000 // jax.device_count() * jax.device_count()
@@ -331,10 +337,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         trainers = [Trainer(name, options, source) for name in options.arms]
     multi_host.prepare(options, SETTINGS)
     print(f"Data: {source.name}.")
+    blocks, device = "-".join(map(str, options.blocks)), jax.devices()[0].device_kind
     print(
-        f"Network: residual, blocks {'-'.join(map(str, options.blocks))} (ResNet-18: 2-2-2-2), width {options.width} "
-        f"(ResNet-18: 64), in {options.dtype}; {options.epochs} epochs; {jax.device_count()} x "
-        f"{jax.devices()[0].device_kind}, {options.perturbation} perturbation.",
+        f"Network: blocks {blocks} and width {options.width} (ResNet-18: 2-2-2-2, 64), in {options.dtype}.\n"
+        f"{options.epochs} epochs on {jax.device_count()} x {device}, {options.perturbation} perturbation.",
         flush=True,
     )
     seeds = range(options.first_seed, options.first_seed + options.seeds)

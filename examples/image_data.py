@@ -229,10 +229,8 @@ def cifar(data: str | None, dataset: str, train_size: int | None = None, size: i
     """
     if data is None:
         count = train_size or 1000
-        name = (
-            f"generated {size} x {size} images of shapes (no --data): {count} training and 1000 test images"
-        )
-        return Source(name, 10, lambda seed: shapes(seed, count, 1000, size))
+        name = f"generated {size} x {size} images of shapes (no --data)"
+        return _source(name, count, 1000, 10, lambda seed: shapes(seed, count, 1000, size))
     if data in LIBRARIES:
         return _fixed(f"{dataset} from {data}", _from_library(data, dataset), train_size)
     return _fixed(f"{dataset} from {data}", _cifar(Path(data), dataset), train_size)
