@@ -270,9 +270,9 @@ def _from_library(library: str, dataset: str) -> Images:
 def shapes(seed: int, train_size: int, test_size: int, size: int) -> Images:
     """Images of ten classes, to be told apart by form and texture alone.
 
-    The class is one of five forms (disc, square, triangle, cross, ring), painted with stripes or with checks.
-    Its place, size and angle, the width and angle of the pattern, all colours and the shading of the
-    background are random, and noise lies over all of it.
+    The class is one of five forms (disc, square, triangle, cross, ring), plain or striped, brighter than what
+    is behind it. Its place, size and angle, the width and angle of the stripes, all colours and the shading
+    of the background are random, and noise lies over all of it.
 
     Args:
       seed: Of all that is random.
@@ -296,8 +296,8 @@ def shapes(seed: int, train_size: int, test_size: int, size: int) -> Images:
     def turned(x: np.ndarray, y: np.ndarray, angle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
 
-    scale, angle = draw(0.5, 0.8), draw(0, 2 * np.pi)
-    u, v = turned((x - draw(-0.25, 0.25)) / scale, (y - draw(-0.25, 0.25)) / scale, angle)
+    scale, angle = draw(0.55, 0.8), draw(-0.5, 0.5)
+    u, v = turned((x - draw(-0.2, 0.2)) / scale, (y - draw(-0.2, 0.2)) / scale, angle)
     radius, widest = np.hypot(u, v), np.maximum(np.abs(u), np.abs(v))
     forms = np.stack(
         [
@@ -310,14 +310,12 @@ def shapes(seed: int, train_size: int, test_size: int, size: int) -> Images:
     )
     inside = forms[labels // 2, np.arange(count)]
 
-    s, t = turned(x, y, draw(0, np.pi))
-    wave, phase = draw(7, 11), draw(0, 2 * np.pi)
-    stripes, across = np.sin(wave * s + phase), np.sin(wave * t + phase)
-    pattern = np.where((labels % 2 == 0)[:, None, None], stripes, stripes * across) > 0
+    across, _ = turned(x, y, draw(0, np.pi))
+    striped = (labels % 2 == 1)[:, None, None] & (np.sin(draw(8, 12) * across + draw(0, 2 * np.pi)) > 0.2)
 
-    figure, second, ground = draw(0, 1, 3), draw(0, 1, 3), draw(0, 1, 3)
-    shading = (draw(-0.3, 0.3) * x + draw(-0.3, 0.3) * y)[..., None]
-    images = np.where(inside[..., None], np.where(pattern[..., None], figure, second), ground + shading)
+    figure, ground, stripe = draw(0.5, 1, 3), draw(0, 0.5, 3), draw(0, 0.5, 3)
+    shading = (draw(-0.2, 0.2) * x + draw(-0.2, 0.2) * y)[..., None]
+    images = np.where(inside[..., None], np.where(striped[..., None], stripe, figure), ground + shading)
     images = images + rng.normal(0, 0.08, images.shape).astype(np.float32)
     images = np.clip(255 * images, 0, 255).astype(np.uint8)
     return Images(images[:train_size], labels[:train_size], images[train_size:], labels[train_size:])
