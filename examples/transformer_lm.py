@@ -220,7 +220,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     first = trainers[0]
     print(
         f"Data: {name}, {len(text)} bytes; for training {len(first.train_tokens)}, "
-        f"for the test {first.test.size}.\n{options.layers} layers of width {options.width}, context {options.context}.",
+        f"for the test {first.test.size}.\n"
+        f"Network: {options.layers} layers of width {options.width}, context {options.context}.",
         flush=True,
     )
     seeds = range(options.first_seed, options.first_seed + options.seeds)
