@@ -116,11 +116,8 @@ def augment(key: jax.Array, images: jax.Array) -> jax.Array:
     return jnp.where(mirrored, images[:, :, ::-1], images)
 
 
-def mix(key: jax.Array, images: jax.Array, targets: jax.Array, alpha: float) -> tuple[jax.Array, jax.Array]:
+def mix(weight: Any, images: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mixup: weighted means of pairs of images, and of their targets."""
-    if alpha == 0:
-        return images, targets
-    weight = jax.random.beta(key, alpha, alpha)
     # The batch is shuffled: its reverse is as good a partner as any.
     return tuple(weight * x + (1 - weight) * x[::-1] for x in (images, targets))
 
@@ -158,14 +155,13 @@ class Trainer(training.Trainer):
         return jnp.mean(optax.softmax_cross_entropy(logits, targets)), new["batch_stats"]
 
     def _step(
-        self, state: State, seed: jax.Array, images: jax.Array, labels: jax.Array, scaling: Any
+        self, state: State, seed: int, weight: float, images: jax.Array, labels: jax.Array, scaling: Any
     ) -> tuple[State, dict[str, jax.Array]]:
         # By seed and step alone: a run that continues draws what it would have drawn.
-        augment_key, mix_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
         classes = jax.nn.one_hot(labels, self.source.num_classes)
         targets = optax.smooth_labels(classes, self.options.label_smoothing)
-        images = augment(augment_key, standardise(images, scaling))
-        batch = mix(mix_key, images, targets, self.options.mixup)
+        batch = mix(weight, augment(key, standardise(images, scaling)), targets)
 
         if self.variant is None:
             value_and_grad = jax.value_and_grad(self._loss, has_aux=True)
@@ -223,10 +219,12 @@ class Trainer(training.Trainer):
 
     def train(self, state: Any, seed: int, epoch: int, tick: Callable[[], Any]) -> Any:
         """An epoch."""
-        logs = []
+        logs, alpha = [], self.options.mixup
+        rng = np.random.default_rng([seed, epoch, 4])
         for rows in training.batches(len(self.data.images), self.options.batch_size, seed, epoch):
+            weight = rng.beta(alpha, alpha) if alpha else 1.0
             batch = jax.device_put((self.data.images[rows], self.data.labels[rows]), self.spread)
-            state, log = self.step(state, seed, *batch, self.scaling)
+            state, log = self.step(state, seed, weight, *batch, self.scaling)
             logs.append(log)
             if jax.default_backend() == "cpu":
                 # Several steps under way at once are known to stall CPU processes with several devices.
