@@ -199,6 +199,8 @@ class Trainer(training.Trainer):
         state = State.create(apply_fn=None, tx=self.tx, ema=None, **variables)
         # The average begins as a copy: two names of one buffer could not both be donated to the step.
         state = state.replace(ema=jax.tree.map(jnp.copy, variables))
+        # No weak types: what a checkpoint gives back has none, and shall run in the same program.
+        state = jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.asarray(x).dtype), state)
         state = jax.device_put(state, self.copied)
         folder = (self.options.output / f"{self.name}-seed{seed}").absolute()
         self.log = Log(folder)

@@ -143,20 +143,14 @@ class Trainer(training.Trainer):
         pieces = len(test) // self.length
         self.test = test[: pieces * self.length].reshape(pieces, self.length)[: options.test_pieces]
         self.variant, self.tx = make_optimizer(name, options, options.epochs * self.steps_per_epoch)
+        sizes = {name: getattr(options, name) for name in ("context", "width", "heads", "layers", "dropout")}
+        self.create = nnx.jit(lambda key: Transformer(**sizes, rngs=nnx.Rngs(key)))
         self.step = make_step(self.variant)
         self.score = nnx.jit(lambda model, tokens: bits_per_byte(model, tokens, True))
 
     def start(self, seed: int) -> tuple[Any, list[dict[str, float]]]:
         """The same params for every arm of a seed."""
-        options = self.options
-        self.model = Transformer(
-            context=options.context,
-            width=options.width,
-            heads=options.heads,
-            layers=options.layers,
-            dropout=options.dropout,
-            rngs=nnx.Rngs(seed),
-        )
+        self.model = self.create(jax.random.key(seed))
         return (self.model, nnx.Optimizer(self.model, self.tx, wrt=nnx.Param)), []
 
     def train(self, state: Any, seed: int, epoch: int, tick: Callable[[], Any]) -> Any:
