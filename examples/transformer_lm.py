@@ -4,7 +4,7 @@
     python examples/transformer_lm.py --text some.txt
 
 A decoder-only transformer in Flax NNX reads bytes and predicts the next. The text is the reference
-documentation that `help()` shows; the last tenth of it is held out.
+documentation that `help()` shows; every tenth block of 1000 bytes is held out.
 """
 
 import argparse
@@ -118,7 +118,7 @@ def make_optimizer(
         "adamw": lambda: None,
         "sam": lambda: optax_sam.sam(rho),
         "gsam": lambda: optax_sam.gsam(rho, alpha=options.alpha),
-        "looksam": lambda: optax_sam.looksam(rho, k=options.k),
+        "looksam": lambda: optax_sam.looksam(rho, k=options.k, alpha=options.alpha),
     }
     variant = variants[name]()
     return variant, base if variant is None else optax.chain(variant, base)
@@ -131,17 +131,17 @@ class Trainer(training.Trainer):
         """Chooses the optimizer by its name."""
         self.name, self.options = name, options
         tokens = np.frombuffer(text, np.uint8).astype(np.int32)
-        held_out = len(tokens) // 10
-        self.train_tokens, test = tokens[:-held_out][: options.train_size], tokens[-held_out:]
+        held_out = np.arange(len(tokens)) // 1000 % 10 == 9
+        self.train_tokens, test = tokens[~held_out], tokens[held_out]
         self.length = options.context + 1
         if len(self.train_tokens) < 2 * self.length or len(test) < self.length:
-            msg = f"--text must be longer: {len(text)} bytes are too few for a --context of {options.context}"
+            msg = f"{len(text)} bytes of text are too few: --size or --text must give 10000 or more"
             raise ValueError(msg)
         # Every epoch cuts the text at other places, which costs it at most one piece.
         self.pieces = len(self.train_tokens) // self.length - 1
         self.steps_per_epoch = training.steps_per_epoch(self.pieces, options.batch_size)
         pieces = len(test) // self.length
-        self.test = test[: pieces * self.length].reshape(pieces, self.length)[: options.test_pieces]
+        self.test = test[: pieces * self.length].reshape(pieces, self.length)
         self.variant, self.tx = make_optimizer(name, options, options.epochs * self.steps_per_epoch)
         sizes = {name: getattr(options, name) for name in ("context", "width", "heads", "layers", "dropout")}
         self.create = nnx.jit(lambda key: Transformer(**sizes, rngs=nnx.Rngs(key)))
@@ -195,13 +195,15 @@ def sample(model: Transformer, prompt: str, count: int, context: int, seed: int,
 # The program.
 
 
-def load(path: Path | None) -> tuple[str, bytes]:
-    """What the text is, and the text."""
+def load(path: Path | None, size: int) -> tuple[str, bytes]:
+    """What the text is, and its beginning."""
     if path is not None:
-        return str(path), path.read_bytes()
-    topics = pydoc_data.topics.topics
-    text = "\n\n".join(topics[name] for name in sorted(topics)).encode()
-    return "the reference documentation in Python's `pydoc_data.topics`", text
+        name, text = str(path), path.read_bytes()
+    else:
+        topics = pydoc_data.topics.topics
+        name = "the reference documentation in Python's `pydoc_data.topics`"
+        text = "\n\n".join(topics[topic] for topic in sorted(topics)).encode()
+    return f"{name}, the first {min(size, len(text))} of {len(text)} bytes", text[:size]
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -209,12 +211,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = make_parser()
     options = parse(parser, argv)
     with training.complaints(parser):
-        name, text = load(options.text)
+        name, text = load(options.text, options.size)
         trainers = [Trainer(arm, options, text) for arm in options.arms]
     first = trainers[0]
     print(
-        f"Data: {name}, {len(text)} bytes; for training {len(first.train_tokens)}, "
-        f"for the test {first.test.size}.\n"
+        f"Data: {name}; for training {len(first.train_tokens)}, for the test {first.test.size}.\n"
         f"Network: {options.layers} layers of width {options.width}, context {options.context}.",
         flush=True,
     )
@@ -251,7 +252,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     arms = ("adamw", "sam", "gsam", "looksam")
     add("--text", type=Path, help="a file to learn instead")
-    add("--train-size", type=number(int, 1), help="use so many bytes for training")
+    add("--size", type=number(int, 1), help="use so many bytes of it, from its beginning")
     add(
         "--arms",
         nargs="+",
@@ -265,9 +266,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--heads", type=number(int, 1), default=4, help="of attention (default: %(default)s)")
     add("--dropout", type=number(float, 0, 1), default=0.1, help="default: %(default)s")
     add("--rho", type=number(float, 0), default=0.1, help="radius (default: %(default)s)")
-    add("--alpha", type=number(float, 0), default=0.2, help="of GSAM (default: %(default)s)")
+    add("--alpha", type=number(float, 0), default=0.2, help="of GSAM and LookSAM (default: %(default)s)")
     add("--k", type=number(int, 1), default=5, help="of LookSAM (default: %(default)s)")
-    add("--learning-rate", type=number(float, 0, above=True), default=3e-3, help="default: %(default)s")
+    add("--learning-rate", type=number(float, 0, above=True), default=1e-2, help="default: %(default)s")
     add("--weight-decay", type=number(float, 0), default=0.1, help="default: %(default)s")
     add("--prompt", default="The ", help="with which samples begin (default: %(default)r)")
     add("--sample", type=number(int, 0), help="how many bytes to write at the end")
@@ -279,10 +280,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     """The options, with what the user left open."""
     options = parser.parse_args(argv)
     full = {"context": 64, "width": 64, "layers": 2, "epochs": 15, "batch_size": 16, "seeds": 3}
-    full |= {"train_size": 30_000, "sample": 300, "test_pieces": 256}
-    quick = {"context": 16, "width": 16, "layers": 1, "epochs": 2, "batch_size": 16, "seeds": 2}
-    quick |= {"train_size": 2_000, "sample": 20, "test_pieces": 16}
-    options.test_pieces = None
+    full |= {"size": 60_000, "sample": 300}
+    quick = {"context": 16, "width": 16, "layers": 1, "epochs": 2, "batch_size": 32, "seeds": 2}
+    quick |= {"size": 10_000, "sample": 20}
     options = training.fill(parser, options, quick if options.quick else full)
     if options.width % options.heads:
         parser.error(f"argument --width: must be a multiple of --heads {options.heads}, got {options.width}")

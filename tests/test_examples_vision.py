@@ -463,11 +463,11 @@ def test_a_run_that_continues_is_the_same_bit_for_bit(tmp_path, monkeypatch, cap
 
 def test_transformer_as_a_user_starts_it(tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text("A sentence of 32 characters is." * 80, encoding="utf-8")
+    text.write_text("A sentence of 32 characters is.\n" * 300, encoding="utf-8")
     out = tmp_path / "out"
     options = ("--quick", "--seeds", "1", "--arms", "adamw", "looksam", "--text", str(text))
     printed = _program("transformer_lm.py", *options, "--output", str(out))
-    assert f"Data: {text}, 2480 bytes; for training 2000, for the test 238." in printed
+    assert f"Data: {text}, the first 9600 of 9600 bytes; for training 9000, for the test 595." in printed
     report = _check_report(out, "transformer_lm", printed, ".3f", seeds=1, epochs=2)
     for arm in report["arms"]:
         assert f"\n{arm} writes:\nThe " in printed
@@ -476,10 +476,11 @@ def test_transformer_as_a_user_starts_it(tmp_path):
 
 
 def test_default_text_is_prose():
-    name, text = transformer_lm.load(None)
+    name, text = transformer_lm.load(None, 10**9)
     assert "pydoc_data" in name
     assert len(text) > 300_000
     assert text.count(b" the ") > 2000
+    assert transformer_lm.load(None, 100)[1] == text[:100]
 
 
 def _model(**sizes):
@@ -526,7 +527,7 @@ PROGRAMS = {"mnist_cnn": mnist_cnn, "cifar_resnet": cifar_resnet, "transformer_l
         ("cifar_resnet", ["--image-size", "4"], "argument --image-size: must be an integer >= 8, got '4'"),
         ("cifar_resnet", ["--data", "nowhere"], "--data nowhere: neither cifar-10-python.tar.gz nor"),
         ("transformer_lm", ["--width", "10"], "argument --width: must be a multiple of --heads 4, got 10"),
-        ("transformer_lm", ["--text", str(ROOT / ".gitignore")], "--text must be longer"),
+        ("transformer_lm", ["--size", "5000"], "5000 bytes of text are too few: --size or --text must"),
         ("transformer_lm", ["--text", "nowhere"], "No such file"),
         ("transformer_lm", ["--prompt", ""], "argument --prompt: must hold at least one character"),
     ],
