@@ -414,7 +414,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     accelerator = jax.default_backend() != "cpu"
     dtype = "bfloat16" if accelerator else "float32"
     full = {"width": 64, "blocks": [2, 2, 2, 2], "epochs": 200, "batch_size": 128, "image_size": 32}
-    small = {"width": 8, "blocks": [2, 2, 2, 2], "epochs": 20, "batch_size": 64, "image_size": 16}
+    small = {"width": 8, "blocks": [1, 1, 1, 1], "epochs": 60, "batch_size": 64, "image_size": 16}
     quick = {"width": 4, "blocks": [1, 1], "epochs": 2, "batch_size": 64, "image_size": 8, "train_size": 192}
     form = quick if options.quick else full if accelerator and options.data else small
     seeds = 2 if options.quick else 3

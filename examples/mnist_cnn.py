@@ -4,7 +4,7 @@
     python examples/mnist_cnn.py --data folder/with/the/four/files
 
 Two convolutions, two dense layers, momentum 0.9, learning rate 0.01, rho 0.05, batches of 64, five epochs.
-Without `--data` it trains on scikit-learn's digits, scaled up.
+Without `--data` it trains on scikit-learn's digits, scaled up, for fifteen.
 """
 
 import argparse
@@ -147,7 +147,14 @@ def make_parser() -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """The options, with what the user left open."""
     options = parser.parse_args(argv)
-    full = {"epochs": 5, "seeds": 3, "batch_size": 64, "train_size": None, "features": (32, 64, 128)}
+    # Without data there are 46 times fewer images.
+    full = {
+        "epochs": 5 if options.data else 15,
+        "seeds": 3,
+        "batch_size": 64,
+        "train_size": None,
+        "features": (32, 64, 128),
+    }
     quick = {"epochs": 2, "seeds": 2, "batch_size": 64, "train_size": 256, "features": (4, 4, 16)}
     options.features = None
     return training.fill(parser, options, quick if options.quick else full)

@@ -463,11 +463,11 @@ def test_a_run_that_continues_is_the_same_bit_for_bit(tmp_path, monkeypatch, cap
 
 def test_transformer_as_a_user_starts_it(tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text("A sentence of 32 characters is.\n" * 300, encoding="utf-8")
+    text.write_text("A sentence of 32 characters is.\n" * 200, encoding="utf-8")
     out = tmp_path / "out"
     options = ("--quick", "--seeds", "1", "--arms", "adamw", "looksam", "--text", str(text))
     printed = _program("transformer_lm.py", *options, "--output", str(out))
-    assert f"Data: {text}, the first 9600 of 9600 bytes; for training 9000, for the test 595." in printed
+    assert f"Data: {text}, the first 6000 of 6400 bytes; for training 4000, for the test 1989." in printed
     report = _check_report(out, "transformer_lm", printed, ".3f", seeds=1, epochs=2)
     for arm in report["arms"]:
         assert f"\n{arm} writes:\nThe " in printed
@@ -527,7 +527,7 @@ PROGRAMS = {"mnist_cnn": mnist_cnn, "cifar_resnet": cifar_resnet, "transformer_l
         ("cifar_resnet", ["--image-size", "4"], "argument --image-size: must be an integer >= 8, got '4'"),
         ("cifar_resnet", ["--data", "nowhere"], "--data nowhere: neither cifar-10-python.tar.gz nor"),
         ("transformer_lm", ["--width", "10"], "argument --width: must be a multiple of --heads 4, got 10"),
-        ("transformer_lm", ["--size", "5000"], "5000 bytes of text are too few: --size or --text must"),
+        ("transformer_lm", ["--size", "2000"], "2000 bytes of text are too few: --size or --text must"),
         ("transformer_lm", ["--text", "nowhere"], "No such file"),
         ("transformer_lm", ["--prompt", ""], "argument --prompt: must hold at least one character"),
     ],
