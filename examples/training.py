@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import pickle
@@ -304,15 +305,19 @@ def figure(curves: Curves, panels: Sequence[Panel], title: str) -> Figure:
     picture = Figure(figsize=(4.8 * len(panels), 3.9), layout="constrained")
     grid = picture.subplots(1, len(panels), squeeze=False)[0]
     for axes, panel in zip(grid, panels, strict=True):
-        for number, (name, curve) in enumerate(curves.items()):
+        late = []
+        for colour, (name, curve) in zip(itertools.cycle(COLOURS), curves.items(), strict=False):
             values = panel.scale * curve[panel.metric]
             epochs = np.arange(1, values.shape[1] + 1)
-            colour = COLOURS[number % len(COLOURS)]
+            late.append(values[:, len(epochs) // 6 :])
             axes.plot(epochs, values.mean(axis=0), color=colour, label=name, linewidth=2)
             axes.fill_between(
                 epochs, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0
             )
-        axes.set(title=panel.title, xlabel="epoch", ylabel=panel.label)
+        # The beginning is steep and tells nobody apart: it may leave the picture.
+        low, high = np.min(late), np.max(late)
+        margin = 0.05 * (high - low) or 1.0
+        axes.set(title=panel.title, xlabel="epoch", ylabel=panel.label, ylim=(low - margin, high + margin))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
