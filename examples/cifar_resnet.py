@@ -5,7 +5,8 @@
 
 On an accelerator with data this is a ResNet-18 of full width, 200 epochs, in bfloat16 on float32 params. On
 a CPU, or without `--data`, width, images and epochs are smaller, and the first lines say so. The batch is
-spread over all devices. A run that was interrupted continues when the same command is given again.
+spread over all devices. A run that was interrupted continues when the same command is given again. Metrics go
+into `metrics.jsonl` of each run, and to TensorBoard where that is installed.
 """
 
 import argparse

@@ -131,6 +131,8 @@ def compare(trainers: Sequence[Trainer], seeds: Sequence[int], epochs: int) -> C
             states = [state for state, _ in starts]
             for trainer, (_, history) in zip(trainers, starts, strict=True):
                 histories[trainer.name].append(history)
+                if history:
+                    bar.write(f"{trainer.name}, seed {seed}: continues after epoch {len(history)}")
                 bar.update(len(history) * trainer.steps_per_epoch)
             for epoch in range(epochs):
                 for i, trainer in enumerate(trainers):
@@ -247,7 +249,7 @@ def align(lines: Sequence[Sequence[str]]) -> str:
 
 def table(report: dict[str, Any], form: str = ".1f") -> str:
     """The report as text: mean ± standard deviation over the seeds."""
-    lines = [("", *report["columns"], "paired gain", "better on", "time ratio")]
+    lines = [("", *report["columns"], "paired difference", "better on", "time ratio")]
     for name, row in report["arms"].items():
         gain = row["gain"]
         pair = (show(gain, f"+{form}"), f"{gain['better']} of {len(gain['values'])}")

@@ -436,7 +436,9 @@ def test_a_run_that_continues_is_the_same_bit_for_bit(tmp_path, monkeypatch, cap
     trained = []
     train = Once.train
     monkeypatch.setattr(Once, "train", lambda *args: (trained.append(args[3]), train(*args))[1])
+    capsys.readouterr()
     cifar_resnet.main([*options, "--output", str(broken)])
+    assert "sam, seed 100: continues after epoch 2\n" in capsys.readouterr().out
     assert trained == [2]
     assert trainers[0].step._cache_size() == 1
 
@@ -455,7 +457,6 @@ def test_a_run_that_continues_is_the_same_bit_for_bit(tmp_path, monkeypatch, cap
     # With other settings it is another run.
     with pytest.raises(SystemExit, match=r"other settings \(.*rho 0.05 -> 0.1\). Add --fresh"):
         cifar_resnet.main([*options, "--rho", "0.1", "--output", str(broken)])
-    capsys.readouterr()
 
 
 # Text.
