@@ -324,12 +324,12 @@ def compare(output: Path, other: Path) -> float:
         return max(float(np.max(np.abs(a[name] - b[name]))) for name in a.files)
 
 
-def prepare(options: argparse.Namespace) -> None:
+def prepare(options: argparse.Namespace, names: Sequence[str] = SETTINGS) -> None:
     """Makes the directory ready, and refuses one that holds another run."""
     if options.fresh and options.output.exists():
         shutil.rmtree(options.output)
     options.output.mkdir(parents=True, exist_ok=True)
-    settings = {name: getattr(options, name) for name in SETTINGS}
+    settings = {name: getattr(options, name) for name in names}
     path = options.output / "settings.json"
     if path.exists() and (found := json.loads(path.read_text())) != settings:
         changed = ", ".join(f"{k} {found.get(k)} -> {v}" for k, v in settings.items() if found.get(k) != v)

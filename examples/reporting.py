@@ -1,4 +1,4 @@
-"""What the examples on digits share: options, paired comparisons, tables, figures, results on disk."""
+"""What the examples share: options, paired comparisons, tables, figures, results on disk."""
 
 import argparse
 import json
@@ -68,11 +68,16 @@ def finish(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     for name, (usual, quick) in options._counts.items():
         if getattr(options, name) is None:
             setattr(options, name, quick if options.quick else usual)
+    make_folder(parser, options)
+    return options
+
+
+def make_folder(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Makes the output folder before anything is trained."""
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"argument --output: cannot make the folder {str(options.output)!r}: {error.strerror}")
-    return options
 
 
 def seeds_of(options: argparse.Namespace) -> range:
@@ -95,9 +100,10 @@ def gain_over(values: np.ndarray, base: np.ndarray) -> dict[str, Any]:
     return {**spread(gain), "worst": float(gain.min()), "wins": int(np.sum(gain > 0))}
 
 
-def show(value: Mapping[str, Any], sign: str = "") -> str:
-    """Mean and standard deviation."""
-    return f"{value['mean']:{sign}.1f}" + ("" if value["sd"] is None else f" ± {value['sd']:.1f}")
+def show(value: Mapping[str, Any], form: str = ".1f") -> str:
+    """Mean and standard deviation, as text; `form` may ask for the sign of the mean."""
+    sd = "" if value["sd"] is None else f" ± {value['sd']:{form.lstrip('+')}}"
+    return f"{value['mean']:{form}}{sd}"
 
 
 def verdict(gain: Mapping[str, Any], over: str, what: str = "final accuracy") -> str:
@@ -138,7 +144,7 @@ def comparison_table(report: Mapping[str, Any], head: str) -> str:
         cells = [show(row[arms[0]])]
         for name in arms[1:]:
             gain = row[name]["gain"]
-            cells += [show(row[name]), show(gain, "+"), f"{gain['wins']} of {len(gain['values'])}"]
+            cells += [show(row[name]), show(gain, "+.1f"), f"{gain['wins']} of {len(gain['values'])}"]
         lines.append((setting, *cells))
     return align(lines)
 
