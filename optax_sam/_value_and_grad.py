@@ -20,8 +20,8 @@ class SAMMetrics(NamedTuple):
     """What a run should log about its sharpness-aware steps: scalars in float32 or better.
 
     Attributes:
-      loss: The clean loss.
-      perturbed_loss: The loss at the perturbed point; NaN for a variant that does not visit one.
+      loss: The clean loss; of a variant that evaluates a single gradient, the loss where it did.
+      perturbed_loss: The loss at the perturbed point; NaN for a variant that does not visit two.
       sharpness: Their difference, the estimate of sharpness that comes for free.
       clean_norm: Norm of the clean gradient.
       perturbed_norm: Norm of the perturbed gradient.
