@@ -74,7 +74,9 @@ def test_the_trajectory_is_the_papers(row):
         rule = oracles.ORACLES[row.name]
         if row.constructor is optax_sam.bsam:
             rule = functools.partial(rule, noise=noise(row))
-    expected, expected_memories, expected_values = oracles.trajectory(rule, whole_optimizer=row.whole_optimizer)
+    expected, expected_memories, expected_values = oracles.trajectory(
+        rule, whole_optimizer=row.whole_optimizer
+    )
     np.testing.assert_allclose(points, expected, rtol=1e-10, atol=1e-11)
     copies = 0 if expected_memories[0] is None else expected_memories[0].size // oracles.SIZE
     assert copies == row.memory_copies
