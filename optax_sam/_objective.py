@@ -187,6 +187,17 @@ class Objective:
         # A product, which keeps the mark of what differs between devices.
         return result._replace(perturbed_value=result.value * jnp.nan)
 
+    def beside(self, evaluation: Evaluation, clean: Pass) -> Evaluation:
+        """What a rule's `lax.cond` returned, without the clean half where that can bypass it.
+
+        A conditional copies what it returns. Where it is in there that the clean pass is averaged, the
+        clean half has to come from there.
+        """
+        if self.axis_name is not None and not self.share_ascent:
+            return evaluation
+        gradients = evaluation.gradients._replace(clean=clean.gradient)
+        return evaluation._replace(value=clean.value, gradients=gradients)
+
     def random_key(self, key: jax.Array) -> jax.Array:
         """The key of this shard: where each device has a perturbation of its own, so has it a key."""
         number = self.shard

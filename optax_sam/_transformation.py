@@ -179,6 +179,7 @@ def sharpness_aware(
     *,
     evaluate: Evaluate | None = None,
     ascent_only: bool | None = None,
+    keeps_memory: bool = False,
     name: str = "rho",
 ) -> SharpnessAwareTransformation:
     r"""Builds a sharpness-aware variant from an ascent rule and a descent rule.
@@ -200,6 +201,8 @@ def sharpness_aware(
       ascent_only: Whether the clean gradient serves the ascent alone and takes no part in the direction:
         what `sam_value_and_grad` needs to know for `ascent_examples` and `ascent_dtype`. None: if neither
         `descent` nor `evaluate` is given.
+      keeps_memory: Whether `descent` itself sees to it that a gradient that is not finite leaves the memory
+        as it was, for a variant that would pay for it in steps that change no memory.
       name: What the variant calls its radius, for error messages.
 
     Returns:
@@ -254,9 +257,8 @@ def sharpness_aware(
             direction, memory = gradients.perturbed, state.memory
         else:
             direction, memory = descent(gradients, state, params, **(extra_args if takes_extra_args else {}))
-        if jax.tree.leaves(memory):
-            # One bad gradient must not spoil all later steps.
-            memory = optax.tree.where(_tree.all_finite(given), memory, state.memory)
+        if jax.tree.leaves(memory) and not keeps_memory:
+            memory = _tree.keep_if_finite(memory, state.memory, given)
         step = jnp.asarray(optax.safe_increment(state.step))
         new_state = SAMState(step, radius(rho, step, params, state.rho), memory)
         return _tree.cast_like(direction, like), new_state

@@ -124,10 +124,14 @@ def into_ball(tree: Any, length: jax.Array, radius: Any) -> Any:
 
 def all_finite(*trees: Any) -> jax.Array:
     """Whether no leaf of the trees holds a NaN or an infinity."""
-    finite = jnp.asarray(True)
-    for x in jax.tree.leaves(trees):
-        finite &= jnp.all(jnp.isfinite(x))
-    return finite
+    # Zero times anything finite is zero, and a sum of numbers runs at the speed of memory, where one of
+    # truth values takes three times as long.
+    return _total([jnp.sum(x * jnp.zeros((), x.dtype)) for x in jax.tree.leaves(trees)]) == 0.0
+
+
+def keep_if_finite(new: Any, old: Any, *gradients: Any) -> Any:
+    """What is remembered after a step: as it was where a gradient is not finite, or all later steps are lost."""
+    return optax.tree.where(all_finite(*gradients), new, old)
 
 
 def displace(params: Any, perturbation: Any) -> Any:
