@@ -183,10 +183,10 @@ def optimizer(variant: Any) -> Any:
     return variant if variant is RULES["msam"][2] else optax.chain(variant, BASE)
 
 
-def library_step(loss: Any, variant: Any, **options: Any) -> tuple[Any, Any]:
+def library_step(loss: Any, variant: Any, tx: Any = None, **options: Any) -> tuple[Any, Any]:
     """The same step by the library, and the optimizer whose state goes into it."""
     value_and_grad = optax_sam.sam_value_and_grad(loss, variant, has_aux=True, **options)
-    tx = optimizer(variant)
+    tx = optimizer(variant) if tx is None else tx
 
     def step(params: Any, state: Any, stats: Any, batch: Any) -> Any:
         (value, stats), grads = value_and_grad(params, stats, batch, state=state)
@@ -194,3 +194,18 @@ def library_step(loss: Any, variant: Any, **options: Any) -> tuple[Any, Any]:
         return optax.apply_updates(params, updates), state, stats, value
 
     return step, tx
+
+
+def optax_step(loss: Any, params: Any, *, opaque: bool) -> tuple[Any, Any, int]:
+    """The same step by `optax.contrib.sam`, its state, and how many calls make a step of SAM."""
+    up = optax.chain(optax.contrib.normalize(), optax.sgd(RHO))
+    tx = optax.contrib.sam(BASE, up, sync_period=2, opaque_mode=opaque)
+    grad = jax.value_and_grad(loss, has_aux=True)
+
+    def step(params: Any, state: Any, stats: Any, batch: Any) -> Any:
+        (value, new), gradient = grad(params, stats, batch)
+        again = {"grad_fn": lambda w, _: grad(w, stats, batch)[1]} if opaque else {}
+        updates, state = tx.update(gradient, state, params, **again)
+        return optax.apply_updates(params, updates), state, new, value
+
+    return step, tx.init(params), 1 if opaque else 2

@@ -130,7 +130,7 @@ def all_finite(*trees: Any) -> jax.Array:
 
 
 def keep_if_finite(new: Any, old: Any, *gradients: Any) -> Any:
-    """What is remembered after a step: as it was where a gradient is not finite, or all later steps are lost."""
+    """What to remember after a step: the old where a gradient is not finite, or all later steps are lost."""
     return optax.tree.where(all_finite(*gradients), new, old)
 
 

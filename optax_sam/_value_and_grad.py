@@ -140,9 +140,9 @@ def sam_value_and_grad(
       or `((value, aux), grads)`, and metrics after that; `grads` are `SAMGradients` in the shapes of
       params. Value and aux are of the clean pass; the perturbed pass sees the same arguments and its
       aux is dropped. With `ascent_examples` or `ascent_dtype` the clean pass is the ascent's: value, aux
-      and `grads.clean` are of those examples in that precision. With shards or microbatches the floating-point leaves of aux are averaged and
-      its integer leaves are summed. Inside a `jit` the loss is traced once, or once for each shape and
-      dtype of batch that it sees.
+      and `grads.clean` are of those examples in that precision. With shards or microbatches the
+      floating-point leaves of aux are averaged and its integer leaves are summed. Inside a `jit` the loss
+      is traced once, or once for each shape and dtype of batch that it sees.
 
     Raises:
       TypeError: If `variant` is not a variant, or params are not floating-point arrays.
@@ -187,9 +187,9 @@ def sam_value_and_grad(
     if not variant.ascent_only and not (ascent_examples is None and ascent_dtype is None):
         msg = (
             "`ascent_examples` and `ascent_dtype` make the clean gradient a cheap one, good enough for an "
-            "ascent. This variant descends along it, or evaluates no other: leave them out, or take a variant "
-            "whose clean gradient serves the ascent alone (`sam`, `asam`, `gcsam`, `async_sam`). If that is "
-            "so for a variant of your own, write `sharpness_aware(..., ascent_only=True)`."
+            "ascent. This variant descends along it, or evaluates no other: leave them out, or take a "
+            "variant whose clean gradient serves the ascent alone (`sam`, `asam`, `gcsam`, `async_sam`). If "
+            "that is so for a variant of your own, write `sharpness_aware(..., ascent_only=True)`."
         )
         raise ValueError(msg)
     split = _shards.make_split(

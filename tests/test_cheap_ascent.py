@@ -66,7 +66,7 @@ def mean(trees):
 
 
 def test_the_first_examples():
-    """An int and a fraction, whole, in microbatches and in shards, eager and compiled, against SAM by hand."""
+    """An int and a fraction, whole, in microbatches and in shards, eager and compiled, against SAM."""
     params, batch, state = setting()
 
     def run(params, batch):

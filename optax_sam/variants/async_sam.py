@@ -33,7 +33,7 @@ def async_sam(
 
     .. math::
       u_t = \nabla L_t\left(w_t + \rho \frac{m_t}{\|m_t\|_2}\right), \quad
-      m_t = \nabla L_{t-1}(w_{t-1}) \;\text{("clean")} \quad\text{or}\quad m_t = u_{t-1} \;\text{("perturbed")}
+      m_t = \nabla L_{t-1}(w_{t-1}) \;\text{("clean") or}\; m_t = u_{t-1} \;\text{("perturbed")}
 
     Args:
       rho: The radius, >= 0, or a schedule of the step; 0 recovers the base optimizer.
