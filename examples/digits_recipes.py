@@ -125,6 +125,12 @@ def _bsam(rho: float, setting: Setting) -> Pair:
     return variant, variant
 
 
+def _msam(rho: float, setting: Setting) -> Pair:
+    # A whole optimizer: it reads the momentum of the base optimizer, which therefore must have one.
+    variant = optax_sam.msam(setting.optimizer, rho)
+    return variant, variant
+
+
 def _ire(rho: None, setting: Setting) -> Pair:
     del rho
     # Wraps any optimizer and needs no second gradient.
@@ -147,6 +153,11 @@ RECIPES = {
     "decoupled_wsam": Recipe(_decoupled_wsam, 0.7),
     "bsam": Recipe(_bsam, 0.5),
     "looksam": Recipe(_before_base(lambda rho: optax_sam.looksam(rho, k=5, alpha=0.7)), 0.5, gradients=1.2),
+    "async_sam": Recipe(_before_base(optax_sam.async_sam), 4.0),
+    "async_sam_perturbed": Recipe(
+        _before_base(lambda rho: optax_sam.async_sam(rho, reuse="perturbed")), 1.4, gradients=1
+    ),
+    "msam": Recipe(_msam, 4.0, gradients=1),
     "same": Recipe(_before_base(lambda rho: optax_sam.same(rho, gains=(1.0, 1.0, 2.0, 2.0))), 0.7),
     "custom_same": Recipe(_before_base(optax_sam.custom_same), 0.7),
     "saner": Recipe(_before_base(optax_sam.saner), 0.5),

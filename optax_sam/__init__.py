@@ -14,6 +14,7 @@ from optax_sam._transformation import sharpness_aware as sharpness_aware
 from optax_sam._value_and_grad import SAMMetrics as SAMMetrics
 from optax_sam._value_and_grad import sam_value_and_grad as sam_value_and_grad
 from optax_sam.variants.asam import asam as asam
+from optax_sam.variants.async_sam import async_sam as async_sam
 from optax_sam.variants.bsam import bsam as bsam
 from optax_sam.variants.bsam import bsam_sample as bsam_sample
 from optax_sam.variants.extragradient import extragradient as extragradient
@@ -23,6 +24,7 @@ from optax_sam.variants.hessian_sam import hessian_sam as hessian_sam
 from optax_sam.variants.ire import ire as ire
 from optax_sam.variants.ire import sampled_label_gradient as sampled_label_gradient
 from optax_sam.variants.looksam import looksam as looksam
+from optax_sam.variants.msam import msam as msam
 from optax_sam.variants.sam import sam as sam
 from optax_sam.variants.same import custom_same as custom_same
 from optax_sam.variants.same import same as same

@@ -125,6 +125,17 @@ def optimizer(name: str, value: Any) -> None:
         raise TypeError(msg)
 
 
+def floating(name: str, value: Any) -> None:
+    """Refuses what is no floating-point dtype."""
+    try:
+        dtype = jax.numpy.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jax.numpy.issubdtype(dtype, np.floating):
+        msg = f"`{name}` must be a floating-point dtype such as `jnp.bfloat16`, got {value!r}."
+        raise TypeError(msg)
+
+
 def numbers(name: str, value: Any, count: int, *, low: float = -np.inf, schedules: bool = False) -> None:
     """Refuses what is not a sequence of so many numbers (or schedules, where these are allowed)."""
     if not isinstance(value, tuple | list) or len(cast("Sequence[Any]", value)) != count:

@@ -103,6 +103,8 @@ class Objective:
 
     Attributes:
       value_and_grad: `params -> ((value, aux), gradient)` on the batch at hand.
+      ascent_value_and_grad: The same for ascent gradients, where these make do with a part of that batch
+        or with less precision; None where they do not.
       axis_name: The device axis over which `combine` averages, or None.
       share_ascent: Whether ascent gradients are averaged over that axis too: one perturbation for
         all devices ("global") instead of one for each ("local").
@@ -113,6 +115,7 @@ class Objective:
     """
 
     value_and_grad: ValueAndGrad = _nowhere
+    ascent_value_and_grad: ValueAndGrad | None = None
     axis_name: AxisName | None = None
     share_ascent: bool = False
     sharded_over: AxisName | None = None
@@ -120,9 +123,9 @@ class Objective:
     num_shards: int = 1
     measure: bool = False
 
-    def on(self, value_and_grad: ValueAndGrad) -> "Objective":
+    def on(self, value_and_grad: ValueAndGrad, ascent: ValueAndGrad | None = None) -> "Objective":
         """The same for another part of the batch."""
-        return dataclasses.replace(self, value_and_grad=value_and_grad)
+        return dataclasses.replace(self, value_and_grad=value_and_grad, ascent_value_and_grad=ascent)
 
     def on_shard(self, number: Any, num_shards: int) -> "Objective":
         """The same for one shard of several, which leaves the average over devices to others."""
@@ -136,16 +139,19 @@ class Objective:
 
     def at(self, params: optax.Params, perturbation: optax.Updates | None = None) -> Pass:
         """One evaluation at `params + perturbation`, on this shard of the batch alone."""
+        return self._pass(self.value_and_grad, params, perturbation)
+
+    def _pass(self, function: ValueAndGrad, params: optax.Params, perturbation: Any) -> Pass:
         point = params if perturbation is None else _tree.displace(params, perturbation)
         displacement = jnp.zeros((), jnp.float32)
         if perturbation is not None and self.measure:
             displacement = _tree.displacement_norm(point, params).astype(jnp.float32)
-        (value, aux), gradient = self.value_and_grad(point)
+        (value, aux), gradient = function(point)
         return Pass(value, gradient, aux, displacement)
 
     def ascent_at(self, params: optax.Params, perturbation: optax.Updates | None = None) -> Pass:
         """As `at`, for a gradient that shapes the perturbation: shared where that one is global."""
-        here = self.at(params, perturbation)
+        here = self._pass(self.ascent_value_and_grad or self.value_and_grad, params, perturbation)
         if not self.share_ascent:
             return here
         value, gradient = self.average((here.value, here.gradient))
@@ -164,7 +170,8 @@ class Objective:
             perturbed = self.average(perturbed)
         else:
             clean, perturbed, statistics = self.average((clean, perturbed, statistics))
-        second = clean if perturbed is None else perturbed
+        # Copied (in a compiled program, for nothing): flax.nnx drops one of two fields that are one object.
+        second = jax.tree.map(jnp.copy, clean) if perturbed is None else perturbed
         result = Evaluation(
             value=clean.value,
             gradients=SAMGradients(clean.gradient, second.gradient, statistics),
@@ -173,6 +180,26 @@ class Objective:
         )
         # Not averaged here: both branches of a rule's `lax.cond` must carry the same mark.
         return result if self.axis_name is not None else varying(result, self.sharded_over)
+
+    def combine_single(self, here: Pass) -> Evaluation:
+        """The pair of a rule that evaluates one gradient only, away from params, by `ascent_at`.
+
+        Value and gradient are that point's. What the sharpness is, nobody knows then.
+        """
+        result = self.combine(here, None)
+        # A product, which keeps the mark of what differs between devices.
+        return result._replace(perturbed_value=result.value * jnp.nan)
+
+    def beside(self, evaluation: Evaluation, clean: Pass) -> Evaluation:
+        """What a rule's `lax.cond` returned, without the clean half where that can bypass it.
+
+        A conditional copies what it returns. Where it is in there that the clean pass is averaged, the
+        clean half has to come from there.
+        """
+        if self.axis_name is not None and not self.share_ascent:
+            return evaluation
+        gradients = evaluation.gradients._replace(clean=clean.gradient)
+        return evaluation._replace(value=clean.value, gradients=gradients)
 
     def random_key(self, key: jax.Array) -> jax.Array:
         """The key of this shard: where each device has a perturbation of its own, so has it a key."""

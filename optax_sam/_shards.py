@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from optax_sam import _checks, _tree
-from optax_sam._objective import Evaluation, Objective, varying
+from optax_sam._objective import Evaluation, Objective, ValueAndGrad, varying
 from optax_sam._transformation import Evaluate, SAMState
 
 GradientAt = Callable[[optax.Params, Sequence[Any]], tuple[tuple[jax.Array, Any], optax.Updates]]
@@ -26,27 +26,37 @@ class Split(NamedTuple):
       num_shards: How many perturbations, or None for one of the whole batch.
       rounds: In how many rounds the shards run.
       microbatch_size: Examples at once in one gradient, or None for all.
-      positions: Positions of the batch arguments, empty if nothing is split.
+      ascent_examples: How many examples, or which part of them, an ascent gradient sees; None for all.
+      ascent_dtype: In which dtype an ascent gradient is computed; None for that of params.
+      positions: Positions of the batch arguments, empty if nothing is done to them.
     """
 
-    num_shards: int | None
-    rounds: int
-    microbatch_size: int | None
-    positions: tuple[int, ...]
+    num_shards: int | None = None
+    rounds: int = 1
+    microbatch_size: int | None = None
+    ascent_examples: int | float | None = None
+    ascent_dtype: Any = None
+    positions: tuple[int, ...] = ()
 
 
 def make_split(
     num_shards: int | None,
     shard_mode: str | int,
     microbatch_size: int | None,
+    ascent_examples: int | float | None,
+    ascent_dtype: Any,
     batch_argnums: int | Sequence[int] | None,
     argnums: Sequence[int],
 ) -> Split:
     """The split that the arguments of `sam_value_and_grad` ask for, or an error."""
-    for name, size in (("num_shards", num_shards), ("microbatch_size", microbatch_size)):
+    sizes = {"num_shards": num_shards, "microbatch_size": microbatch_size, "ascent_examples": ascent_examples}
+    for name, size in sizes.items():
         if size is None:
             continue
-        _checks.number(name, size, low=1, integer=True)
+        if name == "ascent_examples" and isinstance(size, float):
+            _checks.number(name, size, low=0.0, high=1.0, above=True)
+        else:
+            _checks.number(name, size, low=1, integer=True)
         if batch_argnums is None:
             msg = (
                 f"`{name}={size}` needs `batch_argnums=`: which positional arguments of the loss are "
@@ -62,8 +72,11 @@ def make_split(
         if num_shards is not None and num_shards % rounds:
             msg = f"`shard_mode={rounds}` rounds do not divide `num_shards={num_shards}`."
             raise ValueError(msg)
-    if num_shards is None and microbatch_size is None:
-        return Split(None, 1, None, ())
+    if ascent_dtype is not None:
+        _checks.floating("ascent_dtype", ascent_dtype)
+    asked = (num_shards, microbatch_size, ascent_examples)
+    if all(x is None for x in asked) and (ascent_dtype is None or batch_argnums is None):
+        return Split(ascent_dtype=ascent_dtype)
     positions = (batch_argnums,) if isinstance(batch_argnums, int) else tuple(batch_argnums or ())
     if not positions or set(positions) & set(argnums) or min(positions) < 0:
         msg = (
@@ -71,7 +84,7 @@ def make_split(
             f"got {batch_argnums} with `argnums` {tuple(argnums)}."
         )
         raise ValueError(msg)
-    return Split(num_shards, rounds, microbatch_size, positions)
+    return Split(num_shards, rounds, microbatch_size, ascent_examples, ascent_dtype, positions)
 
 
 def _batch_size(batch: Sequence[Any]) -> int:
@@ -146,6 +159,48 @@ def _accumulated(gradient_at: GradientAt, size: int) -> GradientAt:
     return accumulated
 
 
+def _in_dtype(gradient_at: GradientAt, dtype: Any) -> GradientAt:
+    """The gradient function computed in another dtype; what it returns is in that of params again."""
+
+    def is_floating(x: Any) -> bool:
+        return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+
+    def cast(params: optax.Params, batch: Sequence[Any]) -> Any:
+        given = jax.tree.map(lambda x: jnp.asarray(x, dtype) if is_floating(x) else x, (params, batch))
+        output, gradient = gradient_at(*given)
+        own = jnp.result_type(*jax.tree.leaves(params))
+
+        def back(x: Any) -> Any:
+            # aux may also hold strings and the like.
+            return x.astype(own) if getattr(x, "dtype", None) == dtype else x
+
+        return jax.tree.map(back, output), _tree.cast_like(gradient, params)
+
+    return cast
+
+
+def _ascent(split: Split, gradient_at: GradientAt, batch: Sequence[Any]) -> ValueAndGrad | None:
+    """The gradient function of the ascent, where it has one of its own."""
+    if split.ascent_examples is None and split.ascent_dtype is None:
+        return None
+    if split.ascent_examples is not None:
+        total, wanted = _batch_size(batch), split.ascent_examples
+        count = max(1, round(wanted * total)) if isinstance(wanted, float) else wanted
+        if count > total:
+            msg = f"`ascent_examples={wanted}` is more than the {total} examples of the batch, or of a shard."
+            raise ValueError(msg)
+        size = split.microbatch_size
+        if size is not None and count > size and count % size:
+            msg = f"`microbatch_size={size}` does not divide the {count} examples of the ascent."
+            raise ValueError(msg)
+        batch = jax.tree.map(lambda x: x[:count], batch)
+    if split.ascent_dtype is not None:
+        gradient_at = _in_dtype(gradient_at, split.ascent_dtype)
+    if split.microbatch_size is not None and _batch_size(batch) > split.microbatch_size:
+        gradient_at = _accumulated(gradient_at, split.microbatch_size)
+    return lambda w: gradient_at(w, batch)
+
+
 def evaluate(
     split: Split,
     rule: Evaluate,
@@ -169,11 +224,13 @@ def evaluate(
     Returns:
       The evaluation of the whole batch, and aux.
     """
+    descent_at = gradient_at
     if split.microbatch_size is not None:
-        gradient_at = _accumulated(gradient_at, split.microbatch_size)
+        descent_at = _accumulated(gradient_at, split.microbatch_size)
 
     def run(objective: Objective, batch: Sequence[Any]) -> tuple[Evaluation, Any]:
-        return rule(objective.on(lambda w: gradient_at(w, batch)), params, state)
+        ascent = _ascent(split, gradient_at, batch)
+        return rule(objective.on(lambda w: descent_at(w, batch), ascent), params, state)
 
     if split.num_shards is None:
         return run(objective, batch)

@@ -42,19 +42,25 @@ class SharpnessAwareTransformation(optax.GradientTransformationExtraArgs):
 
     Attributes:
       evaluate: The rule by which `sam_value_and_grad` evaluates the variant's gradients.
+      ascent_only: Whether the clean gradient serves the ascent alone, so that one of fewer examples or
+        of less precision will do.
     """
 
     evaluate: Evaluate
+    ascent_only: bool
 
-    def __new__(cls, init: Any, update: Any, evaluate: Evaluate) -> "SharpnessAwareTransformation":
+    def __new__(
+        cls, init: Any, update: Any, evaluate: Evaluate, ascent_only: bool = False
+    ) -> "SharpnessAwareTransformation":
         """Builds the pair of functions and attaches the rule."""
         self = super().__new__(cls, init, update)
         self.evaluate = evaluate
+        self.ascent_only = ascent_only
         return self
 
     def __getnewargs__(self) -> Any:
         """What copies and pickles are built from."""
-        return self.init, self.update, self.evaluate
+        return self.init, self.update, self.evaluate, self.ascent_only
 
 
 def find_state(state: optax.OptState) -> SAMState:
@@ -208,6 +214,8 @@ def sharpness_aware(
     init_memory: Callable[[optax.Params], Any] | None = None,
     *,
     evaluate: Evaluate | None = None,
+    ascent_only: bool | None = None,
+    keeps_memory: bool = False,
     name: str = "rho",
 ) -> SharpnessAwareTransformation:
     r"""Builds a sharpness-aware variant from an ascent rule and a descent rule.
@@ -226,6 +234,11 @@ def sharpness_aware(
       init_memory: `params -> memory`, for variants that remember something.
       evaluate: What to evaluate instead of one ascent step and one perturbed gradient; `ascent` is
         then not used.
+      ascent_only: Whether the clean gradient serves the ascent alone and takes no part in the direction:
+        what `sam_value_and_grad` needs to know for `ascent_examples` and `ascent_dtype`. None: if neither
+        `descent` nor `evaluate` is given.
+      keeps_memory: Whether `descent` itself sees to it that a gradient that is not finite leaves the memory
+        as it was, for a variant that would pay for it in steps that change no memory.
       name: What the variant calls its radius, for error messages.
 
     Returns:
@@ -251,6 +264,8 @@ def sharpness_aware(
     """
     _checks.scalar_or_schedule(name, rho)
     rule = perturb_once(ascent) if evaluate is None else evaluate
+    if ascent_only is None:
+        ascent_only = descent is None and evaluate is None
     takes_extra_args = descent is not None and any(
         p.kind is p.VAR_KEYWORD for p in inspect.signature(descent).parameters.values()
     )
@@ -280,11 +295,10 @@ def sharpness_aware(
             direction, memory = gradients.perturbed, state.memory
         else:
             direction, memory = descent(gradients, state, params, **(extra_args if takes_extra_args else {}))
-        if jax.tree.leaves(memory):
-            # One bad gradient must not spoil all later steps.
-            memory = optax.tree.where(_tree.all_finite(given), memory, state.memory)
+        if jax.tree.leaves(memory) and not keeps_memory:
+            memory = _tree.keep_if_finite(memory, state.memory, given)
         step = jnp.asarray(optax.safe_increment(state.step))
         new_state = SAMState(step, radius(rho, step, params, state.rho), memory)
         return _tree.cast_like(direction, like), new_state
 
-    return SharpnessAwareTransformation(init, update, rule)
+    return SharpnessAwareTransformation(init, update, rule, ascent_only)

@@ -93,11 +93,21 @@ def dot(a: Any, b: Any) -> jax.Array:
     return _total(jax.tree.leaves(products))
 
 
+def rescale(tree: Any, radius: Any, length: jax.Array) -> Any:
+    """The tree times `radius / length`, where no entry is larger than its length.
+
+    By multiplications: XLA keeps the quotients of a division by entry in memory, a copy of the tree. Two of
+    them, for the quotient of two numbers may be too large or too small for a float where those are not.
+    """
+    root = jnp.sqrt(length)
+    first, second = 1.0 / root, radius / root
+    return jax.tree.map(lambda x: (x * first) * second, tree)
+
+
 def unit(tree: Any) -> Any:
     """The tree divided by its norm; a zero tree stays zero."""
     length = norm(tree)
-    safe = jnp.where(length > 0.0, length, jnp.ones_like(length))
-    return jax.tree.map(lambda x: x / safe, upcast(tree))
+    return rescale(upcast(tree), 1.0, jnp.where(length > 0.0, length, jnp.ones_like(length)))
 
 
 def cosine(a: Any, b: Any) -> jax.Array:
@@ -113,7 +123,9 @@ def reject(tree: Any, onto: Any) -> Any:
     direction = unit(onto)
     coefficient = dot(tree, direction)
     rest = jax.tree.map(lambda x, d: x - coefficient * d, upcast(tree), direction)
-    is_noise = norm(rest) <= 16 * jnp.finfo(coefficient.dtype).eps * jnp.abs(coefficient)
+    # Relative to the coefficient nothing that counts can overflow. (The norm would keep `rest` in memory.)
+    squares = _total([jnp.sum(jnp.square(r / coefficient)) for r in jax.tree.leaves(rest)])
+    is_noise = squares <= (16 * jnp.finfo(coefficient.dtype).eps) ** 2
     return jax.tree.map(lambda r: jnp.where(is_noise, jnp.zeros_like(r), r), rest)
 
 
@@ -126,10 +138,14 @@ def into_ball(tree: Any, length: jax.Array, radius: Any) -> Any:
 
 def all_finite(*trees: Any) -> jax.Array:
     """Whether no leaf of the trees holds a NaN or an infinity."""
-    finite = jnp.asarray(True)
-    for x in jax.tree.leaves(trees):
-        finite &= jnp.all(jnp.isfinite(x))
-    return finite
+    # Zero times anything finite is zero, and a sum of numbers runs at the speed of memory, where one of
+    # truth values takes three times as long.
+    return _total([jnp.sum(x * jnp.zeros((), x.dtype)) for x in jax.tree.leaves(trees)]) == 0.0
+
+
+def keep_if_finite(new: Any, old: Any, *gradients: Any) -> Any:
+    """What to remember after a step: the old where a gradient is not finite, or all later steps are lost."""
+    return optax.tree.where(all_finite(*gradients), new, old)
 
 
 def displace(params: Any, perturbation: Any) -> Any:

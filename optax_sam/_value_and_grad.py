@@ -20,8 +20,8 @@ class SAMMetrics(NamedTuple):
     """What a run should log about its sharpness-aware steps: scalars in float32 or better.
 
     Attributes:
-      loss: The clean loss.
-      perturbed_loss: The loss at the perturbed point; NaN for a variant that does not visit one.
+      loss: The clean loss; of a variant that evaluates a single gradient, the loss where it did.
+      perturbed_loss: The loss at the perturbed point; NaN for a variant that does not visit two.
       sharpness: Their difference, the estimate of sharpness that comes for free.
       clean_norm: Norm of the clean gradient.
       perturbed_norm: Norm of the perturbed gradient.
@@ -97,6 +97,8 @@ def sam_value_and_grad(
     num_shards: int | None = None,
     shard_mode: str | int = "vmap",
     microbatch_size: int | None = None,
+    ascent_examples: int | float | None = None,
+    ascent_dtype: Any = None,
     batch_argnums: int | Sequence[int] | None = None,
 ) -> Callable[..., Any]:
     r"""Like `jax.value_and_grad`, for a sharpness-aware variant.
@@ -120,8 +122,16 @@ def sam_value_and_grad(
         with a batch sharded over n devices take "vmap" or `num_shards // n` rounds.
       microbatch_size: Accumulates every gradient over microbatches of so many examples, by
         `optax.microbatch`: the step of the full batch in the memory of a microbatch.
+      ascent_examples: Takes the ascent gradient from the first so many examples (an int) of the batch, or
+        of each shard or device's part, or from that fraction of them (a float in (0, 1]): a step then
+        costs 1 + n / B gradients. For variants whose clean gradient serves the ascent alone (`sam`,
+        `asam`, `gcsam`, `async_sam` and your own with `ascent_only=True`); others are refused.
+      ascent_dtype: The dtype in which the ascent gradient is computed, such as `jnp.bfloat16`: params and
+        floating-point batch arguments, where `batch_argnums` names them, are cast to it, and all that
+        comes out in it to the dtype of params. For the same variants.
       batch_argnums: Which positional arguments are batches: pytrees of arrays whose first axis counts
-        examples. Needed for `num_shards` and `microbatch_size`; the loss must be a mean over examples.
+        examples. Needed for `num_shards`, `microbatch_size` and `ascent_examples`; the loss must be a
+        mean over examples.
 
     Returns:
       A function `(*args, state, loss_scale=None, **kwargs)` that takes the arguments of `fun`, the
@@ -129,8 +139,10 @@ def sam_value_and_grad(
       differentiated (for half precision) and which is divided out again. It returns `(value, grads)`
       or `((value, aux), grads)`, and metrics after that; `grads` are `SAMGradients` in the shapes of
       params. Value and aux are of the clean pass; the perturbed pass sees the same arguments and its
-      aux is dropped. With shards or microbatches the floating-point leaves of aux are averaged and
-      its integer leaves are summed. Inside a `jit` the loss is traced once.
+      aux is dropped. With `ascent_examples` or `ascent_dtype` the clean pass is the ascent's: value, aux
+      and `grads.clean` are of those examples in that precision. With shards or microbatches the
+      floating-point leaves of aux are averaged and its integer leaves are summed. Inside a `jit` the loss
+      is traced once, or once for each shape and dtype of batch that it sees.
 
     Raises:
       TypeError: If `variant` is not a variant, or params are not floating-point arrays.
@@ -172,7 +184,17 @@ def sam_value_and_grad(
         )
         raise ValueError(msg)
     positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-    split = _shards.make_split(num_shards, shard_mode, microbatch_size, batch_argnums, positions)
+    if not variant.ascent_only and not (ascent_examples is None and ascent_dtype is None):
+        msg = (
+            "`ascent_examples` and `ascent_dtype` make the clean gradient a cheap one, good enough for an "
+            "ascent. This variant descends along it, or evaluates no other: leave them out, or take a "
+            "variant whose clean gradient serves the ascent alone (`sam`, `asam`, `gcsam`, `async_sam`). If "
+            "that is so for a variant of your own, write `sharpness_aware(..., ascent_only=True)`."
+        )
+        raise ValueError(msg)
+    split = _shards.make_split(
+        num_shards, shard_mode, microbatch_size, ascent_examples, ascent_dtype, batch_argnums, positions
+    )
 
     def value_and_grads(*args: Any, state: Any = None, loss_scale: Any = None, **kwargs: Any) -> Any:
         if state is None:

@@ -170,6 +170,25 @@ def same(
     return np.asarray(gains)[kind] * g_p + np.asarray(clean_gains)[kind] * g, memory
 
 
+def async_sam(grad: Any, w: Any, t: int, memory: Any, *, rho: float) -> Any:
+    """Jo et al., a delay of one step: up along the clean gradient of the step before."""
+    g = grad(w)
+    return grad(w + rho * unit(g if t == 0 else memory)), g
+
+
+def one_gradient(grad: Any, w: Any, t: int, memory: Any, *, rho: float) -> Any:
+    """The same with the perturbed gradient of the step before, and nothing at first."""
+    g = grad(w if t == 0 else w + rho * unit(memory))
+    return g, g
+
+
+def msam(grad: Any, w: Any, t: int, memory: Any, *, rho: float, rate: float, momentum: float) -> Any:
+    """Becker et al., equations of algorithm 1: down along the momentum, which is zero at first."""
+    velocity = np.zeros_like(w) if t == 0 else memory
+    velocity = momentum * velocity + grad(w - rho * unit(velocity))
+    return -rate * velocity, velocity
+
+
 def checkpoint(r: np.ndarray) -> np.ndarray:
     """The class, from 0, of ratios that are neither 0 nor of size 1."""
     return np.select([r > 1, (r > 0) & (r < 1), r < -1, (r < 0) & (r > -1)], [0, 1, 2, 3], default=99)
@@ -215,6 +234,9 @@ ORACLES: dict[str, Callable[..., Any]] = {
     "bsam": functools.partial(bsam, rho=0.05, rate=0.1, n=100),
     "looksam": functools.partial(looksam, rho=0.1, k=4, alpha=0.7, parts=(slice(None),)),
     "looksam_per_leaf": functools.partial(looksam, rho=0.1, k=2, alpha=0.7, parts=LEAVES),
+    "async_sam": functools.partial(async_sam, rho=0.1),
+    "async_sam_perturbed": functools.partial(one_gradient, rho=0.1),
+    "msam": functools.partial(msam, rho=0.1, rate=0.01, momentum=0.9),
     "same": functools.partial(same, rho=0.1, gains=(2.0, 0.5, 1.5, 0.0), clean_gains=(0.0, 0.5, 0.0, 1.0)),
     "custom_same": functools.partial(same, rho=0.1, gains=(2.0, 1.0, 0.5, 2.0)),
     "saner": functools.partial(same, rho=0.1, gains=(1.0, 0.5, 1.0, 1.0)),
@@ -226,14 +248,24 @@ ORACLES: dict[str, Callable[..., Any]] = {
 }
 
 
-def trajectory(rule: Any, *, whole_optimizer: bool) -> tuple[np.ndarray, list[Any]]:
-    """Params and memory after every step; a direction goes through heavy-ball momentum first."""
+def trajectory(rule: Any, *, whole_optimizer: bool) -> tuple[np.ndarray, list[Any], list[Any]]:
+    """Params, memory and the loss where the first gradient was taken, after every step.
+
+    A direction goes through heavy-ball momentum first.
+    """
     w, velocity, memory = first_params(), np.zeros(SIZE), None
-    points, memories = [], []
+    points, memories, losses = [], [], []
     for t, x in enumerate(batches()):
-        direction, memory = rule(functools.partial(gradient, x=x), w, t, memory)
+        visited: list[np.ndarray] = []
+
+        def grad(point: np.ndarray, x: Any = x, visited: Any = visited) -> np.ndarray:
+            visited.append(point)
+            return gradient(point, x)
+
+        direction, memory = rule(grad, w, t, memory)
+        losses.append(loss(visited[0], x))
         velocity = 0.9 * velocity + direction
         w = w + direction if whole_optimizer else w - 0.1 * velocity
         points.append(w)
         memories.append(memory)
-    return np.array(points), memories
+    return np.array(points), memories, losses

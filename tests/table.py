@@ -141,6 +141,22 @@ ROWS = (
         evaluations=(2, 1),
         memory_copies=1,
     ),
+    _row("async_sam", optax_sam.async_sam, kwargs={"rho": 0.1}, memory_copies=1),
+    _row(
+        "async_sam_perturbed",
+        optax_sam.async_sam,
+        kwargs={"rho": 0.1, "reuse": "perturbed"},
+        evaluations=(1,),
+        memory_copies=1,
+    ),
+    _row(
+        "msam",
+        optax_sam.msam,
+        kwargs={"base_optimizer": optax.sgd(0.01, momentum=0.9), "rho": 0.1},
+        whole_optimizer=True,
+        evaluations=(1,),
+        memory_copies=1,
+    ),
     _row(
         "same",
         optax_sam.same,

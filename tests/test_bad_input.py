@@ -79,6 +79,18 @@ CONSTRUCTORS: list[tuple[Any, type[Exception], str]] = [
     (lambda: optax_sam.bsam(0.1, 1, key=jnp.ones(3)), TypeError, "`key` must be a random key"),
     (lambda: optax_sam.looksam(k=0), ValueError, r"`k` must be an integer in the range \[1, inf\), got 0"),
     (lambda: optax_sam.looksam(alpha=-1.0), ValueError, "`alpha`"),
+    (lambda: optax_sam.async_sam(reuse="old"), ValueError, "`reuse` must be one of 'clean', 'perturbed'"),
+    (lambda: optax_sam.msam(0.1), TypeError, "`base_optimizer` must be an Optax optimizer"),
+    (
+        lambda: optax_sam.msam(optax.sgd(0.1)).init(PARAMS),
+        ValueError,
+        "`base_optimizer` must keep one momentum .* keeps 0",
+    ),
+    (
+        lambda: optax_sam.msam(optax.chain(optax.trace(0.9), optax.adam(0.1))).init(PARAMS),
+        ValueError,
+        "keeps 2",
+    ),
     (
         lambda: optax_sam.same(gains=(1, 2, 3)),
         ValueError,

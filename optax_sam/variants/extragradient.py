@@ -60,4 +60,4 @@ def extragradient(
         clean, perturbed, _ = gradients
         return jax.tree.map(lambda c, p: here * c + ahead * p, clean, perturbed), state.memory
 
-    return sharpness_aware(step_size, descend, descent, name="step_size")
+    return sharpness_aware(step_size, descend, descent, ascent_only=here == 0, name="step_size")

@@ -64,4 +64,4 @@ def gcsam(
             return gradients.perturbed, state.memory
         return ascents.centralize(gradients.perturbed, axis), state.memory
 
-    return sharpness_aware(rho, ascents.centralized(ascent, output_axis=axis), descent)
+    return sharpness_aware(rho, ascents.centralized(ascent, output_axis=axis), descent, ascent_only=True)

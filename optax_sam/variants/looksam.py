@@ -96,7 +96,8 @@ def looksam(
             return objective.combine(clean, None)
 
         # The step is the same on all devices, so all of them take the same branch.
-        return _tree.branch(state.step % k == 0, refresh, reuse), clean.aux
+        evaluation = _tree.branch(state.step % k == 0, refresh, reuse)
+        return objective.beside(evaluation, clean), clean.aux
 
     def descent(gradients: SAMGradients, state: SAMState, params: optax.Params) -> tuple[optax.Updates, Any]:
         del params
@@ -110,13 +111,15 @@ def looksam(
             return jax.tree.map(lambda g, o: g + scale * o, gradient, orthogonal)
 
         def refresh() -> tuple[optax.Updates, LookSAMMemory]:
-            return perturbed, LookSAMMemory(by_part(_tree.reject, perturbed, clean))
+            memory = LookSAMMemory(by_part(_tree.reject, perturbed, clean))
+            return perturbed, _tree.keep_if_finite(memory, state.memory, clean, perturbed)
 
         def reuse() -> tuple[optax.Updates, LookSAMMemory]:
             return by_part(rescale, clean, state.memory.orthogonal), state.memory
 
         return _tree.branch(state.step % k == 0, refresh, reuse)
 
-    return sharpness_aware(
-        rho, rule, descent, lambda params: LookSAMMemory(_tree.zeros_like(params)), evaluate=evaluate
-    )
+    def init_memory(params: optax.Params) -> LookSAMMemory:
+        return LookSAMMemory(_tree.zeros_like(params))
+
+    return sharpness_aware(rho, rule, descent, init_memory, evaluate=evaluate, keeps_memory=True)
