@@ -168,21 +168,22 @@ class Trainer(training.Trainer):
 # Writing.
 
 
+@nnx.jit
+def following(
+    model: Transformer, window: jax.Array, last: jax.Array, temperature: jax.Array, key: jax.Array
+) -> jax.Array:
+    """Draws the byte after position `last`, from where nothing is seen of what stands behind it."""
+    return jax.random.categorical(key, model(window[None], True)[0, last] / temperature)
+
+
 def sample(model: Transformer, prompt: str, count: int, context: int, seed: int, temperature: float) -> str:
     """Lets the model write on."""
-
-    @nnx.jit
-    def following(model: Transformer, window: jax.Array, last: jax.Array, key: jax.Array) -> jax.Array:
-        # What stands after `last` is not seen from there.
-        logits = model(window[None], True)[0, last]
-        return jax.random.categorical(key, logits / temperature)
-
     written = list(prompt.encode())
     for key in jax.random.split(jax.random.key(seed), count):
         seen = written[-context:]
         window = np.zeros(context, np.int32)
         window[: len(seen)] = seen
-        written.append(int(following(model, window, len(seen) - 1, key)))
+        written.append(int(following(model, window, len(seen) - 1, temperature, key)))
     return bytes(written).decode(errors="replace")
 
 
