@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of this program."""
     parser = argparse.ArgumentParser(
-        description="Attacks networks that were trained on clean digits, by SGD and by SAM."
+        description="Attacks networks that were trained on clean digits, by SGD, by SAM, and by SGD with L2."
     )
     parser.add_argument(
         "--eps",
@@ -146,7 +146,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=0.005,
         help="L2 of the run to compare with (default: %(default)s)",
     )
-    reporting.common_options(parser, "results/adversarial", epochs=(60, 2), seeds=(5, 2), steps=(40, 3))
+    reporting.common_options(
+        parser, "results/adversarial", epochs=(60, 2), seeds=(5, 2), steps=(40, 3, "steps of PGD")
+    )
     return reporting.finish(parser, argv)
 
 

@@ -163,7 +163,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--rho", type=positive, default=RHO, help="radius of SAM (default: %(default)s)")
     reporting.common_options(
-        parser, "results/federated", clients=(10, 4), rounds=(20, 2), steps=(50, 2), seeds=(5, 2)
+        parser,
+        "results/federated",
+        clients=(10, 4, "clients"),
+        rounds=(20, 2, "rounds of averaging"),
+        steps=(50, 2, "steps of a client in a round"),
+        seeds=(5, 2),
     )
     return reporting.finish(parser, argv)
 

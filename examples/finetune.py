@@ -225,7 +225,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="labelled images of each class (default: 5 10 20)",
     )
     add("--bases", choices=BASES, nargs="+", help="base optimizers (default: all, with --quick: momentum)")
-    reporting.common_options(parser, "results/finetune", steps=(300, 10), seeds=(10, 2))
+    reporting.common_options(
+        parser, "results/finetune", steps=(300, 10, "steps of fine-tuning"), seeds=(10, 2)
+    )
     options = reporting.finish(parser, argv)
     options.bases = options.bases or (["momentum"] if options.quick else list(BASES))
     return options

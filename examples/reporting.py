@@ -43,17 +43,17 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
     return convert
 
 
-def common_options(parser: argparse.ArgumentParser, output: str, **counts: tuple[int, int]) -> None:
+def common_options(parser: argparse.ArgumentParser, output: str, **counts: tuple[Any, ...]) -> None:
     """The options that all programs have.
 
     Args:
       parser: Where they go.
       output: The default folder.
-      **counts: Options that are counts: how many by default, and how many with `--quick`.
+      **counts: Options that are counts: how many by default, how many with `--quick`, and of what.
     """
-    meaning = {"seeds": f"how many seeds, from {FIRST_SEED} on"}
-    for name, (usual, quick) in counts.items():
-        text = f"{meaning.get(name, 'how many')} (default: {usual}, with --quick: {quick})"
+    known = {"seeds": f"how many seeds, from {FIRST_SEED} on", "epochs": "passes over the training images"}
+    for name, (usual, quick, *what) in counts.items():
+        text = f"{what[0] if what else known[name]} (default: {usual}, with --quick: {quick})"
         parser.add_argument(f"--{name}", type=number(int, 1), help=text)
     parser.add_argument(
         "--output", type=Path, default=Path(output), help="folder for PNG and JSON (default: %(default)s)"
@@ -65,7 +65,7 @@ def common_options(parser: argparse.ArgumentParser, output: str, **counts: tuple
 def finish(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses, fills in defaults, and makes the output folder before anything is trained."""
     options = parser.parse_args(argv)
-    for name, (usual, quick) in options._counts.items():
+    for name, (usual, quick, *_) in options._counts.items():
         if getattr(options, name) is None:
             setattr(options, name, quick if options.quick else usual)
     make_folder(parser, options)
