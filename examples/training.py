@@ -217,7 +217,7 @@ def table(report: dict[str, Any], form: str = ".1f") -> str:
 
 
 def verdict(report: dict[str, Any], unit: str, form: str = ".1f") -> str:
-    """A line for each arm on what the table says, whichever way it came out."""
+    """A line for each arm on what the table says, whichever way it came out; one or two seeds say nothing."""
     base, lines = report["base"], []
     for name, row in report["arms"].items():
         if name == base:
@@ -226,9 +226,9 @@ def verdict(report: dict[str, Any], unit: str, form: str = ".1f") -> str:
         seeds = len(gain["values"])
         says = (
             "does better than"
-            if gain["better"] == seeds
+            if gain["better"] == seeds > 2
             else "does worse than"
-            if gain["worse"] == seeds
+            if gain["worse"] == seeds > 2
             else "is not clearly different from"
         )
         lines.append(

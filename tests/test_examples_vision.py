@@ -581,6 +581,17 @@ def test_the_sentence_says_what_came_out(gains, words, lower_is_better):
     assert report["arms"]["a"]["best"]["mean"] == pytest.approx(40 if lower_is_better else 90)
 
 
+def test_two_seeds_prove_nothing():
+    arms = {
+        name: {"test": np.full((2, 1), value), "seconds": np.ones((2, 1))}
+        for name, value in (("a", 0), ("b", 1))
+    }
+    report = training.summarize(arms, "a", [training.Column("test", "test")])
+    assert training.verdict(report, "points").startswith(
+        "b is not clearly different from a: +100.0 ± 0.0 points"
+    )
+
+
 def test_accuracy_counts_every_example_once():
     inputs = np.arange(7)
     labels = np.array([0, 1, 0, 1, 1, 1, 0])  # Parity, but for the fifth.
