@@ -124,9 +124,12 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def make_train_step(
-    model: nn.Module, variant: optax_sam.SharpnessAwareTransformation | None
+    model: nn.Module, variant: optax_sam.SharpnessAwareTransformation | None, **options: Any
 ) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, jax.Array]]:
-    """One step of a stock `TrainState`: plain, if the variant is None, or sharpness-aware."""
+    """One step of a stock `TrainState`: plain, if the variant is None, or sharpness-aware.
+
+    Options are those of `sam_value_and_grad`; images and labels are the arguments 1 and 2 of the loss.
+    """
 
     def loss_fn(params: optax.Params, images: jax.Array, labels: jax.Array) -> jax.Array:
         return cross_entropy(model.apply({"params": params}, images), labels)
@@ -136,7 +139,7 @@ def make_train_step(
         return state.apply_gradients(grads=grads), loss
 
     def sam_step(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple[TrainState, jax.Array]:
-        value_and_grad = optax_sam.sam_value_and_grad(loss_fn, variant)
+        value_and_grad = optax_sam.sam_value_and_grad(loss_fn, variant, **options)
         loss, grads = value_and_grad(state.params, images, labels, state=state.opt_state)
         return state.apply_gradients(grads=grads), loss
 
@@ -150,11 +153,13 @@ class Arm(NamedTuple):
       name: What the tables call it.
       variant: The bare variant for `sam_value_and_grad`; None for plain gradients.
       tx: The optimizer that contains it.
+      options: Further options of `sam_value_and_grad`.
     """
 
     name: str
     variant: optax_sam.SharpnessAwareTransformation | None
     tx: optax.GradientTransformation
+    options: dict[str, Any] | None = None
 
 
 class Curves(NamedTuple):
@@ -186,7 +191,7 @@ class _Trainer:
 
     def __init__(self, model: nn.Module, arm: Arm) -> None:
         self.model, self.tx = model, arm.tx
-        train_step = make_train_step(model, arm.variant)
+        train_step = make_train_step(model, arm.variant, **(arm.options or {}))
 
         @jax.jit
         def train_epoch(state: TrainState, data: Digits, order: jax.Array) -> tuple[TrainState, jax.Array]:

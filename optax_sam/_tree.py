@@ -111,7 +111,9 @@ def reject(tree: Any, onto: Any) -> Any:
     direction = unit(onto)
     coefficient = dot(tree, direction)
     rest = jax.tree.map(lambda x, d: x - coefficient * d, upcast(tree), direction)
-    is_noise = norm(rest) <= 16 * jnp.finfo(coefficient.dtype).eps * jnp.abs(coefficient)
+    # Relative to the coefficient nothing that counts can overflow. (The norm would keep `rest` in memory.)
+    squares = _total([jnp.sum(jnp.square(r / coefficient)) for r in jax.tree.leaves(rest)])
+    is_noise = squares <= (16 * jnp.finfo(coefficient.dtype).eps) ** 2
     return jax.tree.map(lambda r: jnp.where(is_noise, jnp.zeros_like(r), r), rest)
 
 

@@ -97,11 +97,8 @@ def twin(name, variant, of="sam", problem="table", **options):
 def at_zero(row):
     """A row with radius zero, against its base optimizer."""
     variant = row.make(**{row.radius: 0.0})
-    if not row.whole_optimizer:
-        return twin(f"{row.name}_at_zero", variant, "base")
-    overrides = {"base_optimizer": optax.sgd(0.01, momentum=0.9), "learning_rate": 0.01}
-    variant = row.make(**{row.radius: 0.0, **overrides})
-    return twin(f"{row.name}_at_zero", variant, "base", tx=variant)
+    # A whole optimizer has the base optimizer of the others in it.
+    return twin(f"{row.name}_at_zero", variant, "base", tx=variant if row.whole_optimizer else None)
 
 
 DECOUPLED = optax_sam.decoupled_wsam(optax.sgd(0.01, momentum=0.9), 0.01, RHO, 0.0)
