@@ -1,0 +1,234 @@
+"""What a training step costs: every variant, the same written by hand in plain JAX, and `optax.contrib.sam`.
+
+    python benchmarks/step_cost.py
+    python benchmarks/step_cost.py --networks transformer --size large --dtype bfloat16
+    python benchmarks/step_cost.py --devices 8
+
+FLOPs and temporary memory are the compiler's own count (of a conditional, that of its larger branch). Times
+are paired: all programs take turns, and a ratio is that of one round. With `--devices` the batch is spread
+over so many (simulated, on a CPU) devices, with a global and with a local perturbation. On a GPU the rate of
+arithmetic is given as a share of what a large product of matrices reaches on the same card, and `--trace`
+writes a profile.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def options_of(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """The options, before JAX starts and the number of devices is fixed."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--devices", type=int, default=1)
+    devices = early.parse_known_args(argv)[0].devices
+    if devices > 1 and "jax" not in sys.modules:
+        flag = f"--xla_force_host_platform_device_count={devices}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    import by_hand
+    import networks
+    import timing
+
+    parser = timing.parser(__doc__, "results/step_cost")
+    add = parser.add_argument
+    add("--networks", nargs="+", choices=networks.SIZES, default=list(networks.SIZES))
+    add("--variants", nargs="+", choices=[n for n in by_hand.RULES if n != "sgd"], metavar="NAME")
+    add("--size", choices=("small", "heavy", "large"), default="small", help="default: %(default)s")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations")
+    add("--batch-size", type=int, help="examples, instead of what the size says")
+    add("--devices", type=int, default=1, help="over how many devices to spread the batch")
+    add("--rounds", type=int, default=15, help="of timing; 0 compiles and counts only")
+    add("--trace", type=Path, metavar="DIR", help="write a profile of each program's step")
+    options = timing.parse(parser, argv)
+    if options.quick:
+        options.rounds, options.size = min(2, options.rounds), "quick"
+    if options.devices > 1:
+        import jax
+
+        if len(jax.devices()) < options.devices:
+            parser.error(f"argument --devices: {options.devices}, but there are {len(jax.devices())}")
+    return parser, options
+
+
+def programs(problem: Any, variants: Sequence[str], devices: int) -> dict[str, Any]:
+    """From a name to a compiled step, its arguments and the seconds that the first call waits."""
+    import by_hand
+    import jax
+    import optax
+    from jax.sharding import AxisType, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    result: dict[str, Any] = {}
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    spread, same = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+
+    def add(name: str, step: Any, state: Any, mapped: bool = False) -> None:
+        arguments = problem.params, state, problem.stats, problem.batch
+        if devices > 1:
+            arguments = (*jax.device_put(arguments[:3], same), jax.device_put(arguments[3], spread))
+        if mapped:
+            step = jax.shard_map(
+                step,
+                mesh=mesh,
+                in_specs=(P(), P(), P(), P("data")),
+                out_specs=P(),
+                check_vma=False,
+            )
+        jax.clear_caches()
+        # Of the processor, not of the clock: on a shared machine others would be counted too.
+        begin = time.process_time()
+        compiled = jax.jit(step).lower(*arguments).compile()
+        result[name] = compiled, arguments, time.process_time() - begin
+
+    for name in ("sgd", *variants):
+        rule, remembers, variant = by_hand.RULES[name]
+        by_hand_name = name if variant is None else f"{name}, by hand"
+        if devices == 1 or variant is None:
+            step = by_hand.hand_step(problem.loss, rule)
+            add(by_hand_name, step, by_hand.hand_state(problem.params, remembers))
+        if variant is None:
+            continue
+        kinds: dict[str, dict[str, Any]] = {"": {}}
+        if devices > 1:
+            local = {"axis_name": "data", "perturbation": "local"}
+            kinds = {", global": {"axis_name": "data"}, ", local": local}
+        for kind, how in kinds.items():
+            step, tx = by_hand.library_step(problem.loss, variant, **how)
+            state = tx.init(problem.params)
+            add(name + kind, step, state, mapped=bool(how))
+            if name == "looksam":  # The count of steps is a number in the state: the same program.
+                compiled, arguments, seconds = result[name + kind]
+                later = optax.tree.set(arguments[1], step=1 + optax.tree.get(arguments[1], "step"))
+                result[f"{name}{kind}, reuse"] = compiled, (arguments[0], later, *arguments[2:]), seconds
+    if devices == 1 and "sam" in variants:
+        for kind, opaque in (("opaque", True), ("transparent", False)):
+            step, state, _ = by_hand.optax_step(problem.loss, problem.params, opaque=opaque)
+            add(f"optax.contrib.sam, {kind}", step, state)
+    return result
+
+
+def two_calls(compiled: Any, arguments: Any) -> Any:
+    """What the transparent mode of `optax.contrib.sam` takes for a step: two steps of the loop."""
+    import jax
+
+    def call() -> None:
+        params, state, stats, batch = arguments
+        for _ in range(2):
+            params, state, stats, _ = compiled(params, state, stats, batch)
+        jax.block_until_ready(params)
+
+    return call
+
+
+def matmul_rate(dtype: str) -> float:
+    """FLOPs per second of a large product of matrices."""
+    import jax
+    import jax.numpy as jnp
+    import timing
+
+    size = 8192
+    x = jnp.ones((size, size), dtype)
+    times = timing.interleaved({"product": timing.call(jax.jit(jnp.matmul), x, x)}, rounds=9)
+    return 2 * size**3 / statistics.median(times["product"])
+
+
+def rows_of(found: dict[str, Any], rounds: int, rate: float | None) -> list[list[str]]:
+    """The table of a network."""
+    import timing
+
+    calls = {
+        name: two_calls(compiled, arguments)
+        if name.endswith("transparent")
+        else timing.call(compiled, *arguments)
+        for name, (compiled, arguments, _) in found.items()
+    }
+    times = timing.interleaved(calls, rounds=rounds) if rounds else {}
+    plain = timing.flops(found["sgd"][0])
+    rows = []
+    for name, (compiled, _, seconds) in found.items():
+        twice = 2 if name.endswith("transparent") else 1
+        partner = name.split(",")[0] if name.startswith("optax") else name
+        partner = {"optax.contrib.sam": "sam, by hand"}.get(
+            partner, f"{name.removesuffix(', reuse')}, by hand"
+        )
+        partner = partner if partner in found and partner != name else None
+        counted = "" if name.endswith("reuse") else f"{twice * timing.flops(compiled) / plain:.3f}"
+        memory, first = f"{timing.temporary_bytes(compiled) / 1e6:.2f}", f"{seconds:.2f}"
+        if partner and not name.endswith("reuse"):
+            memory += f" ({timing.temporary_bytes(compiled) / timing.temporary_bytes(found[partner][0]):.2f})"
+            first += f" ({seconds / found[partner][2]:.2f})"
+        row = [name, counted, memory, first]
+        if times:
+            row += [f"{1e3 * statistics.median(times[name]):.2f}", f"{timing.ratio(times, name, 'sgd'):.2f}"]
+            against = partner if partner and not name.endswith("reuse") else None
+            row += [f"{timing.ratio(times, name, against):.2f}" if against else ""]
+        if times and rate:
+            row.append(f"{twice * timing.flops(compiled) / statistics.median(times[name]) / rate:.2f}")
+        rows.append(row)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, list[list[str]]]:
+    """Measures, prints a table for each network, draws the figure and returns the tables."""
+    _, options = options_of(argv)
+    import by_hand
+    import jax
+    import networks
+    import timing
+
+    variants = options.variants or [name for name in by_hand.RULES if name != "sgd"]
+    on_gpu = jax.default_backend() == "gpu"
+    rate = matmul_rate(options.dtype) if on_gpu and options.rounds else None
+    if rate:
+        print(f"A product of matrices in {options.dtype}: {rate / 1e12:.1f} TFLOP/s.")
+    columns = ["step", "FLOPs, in gradients", "temporary MB (by hand = 1)", "first call, CPU s (by hand = 1)"]
+    columns += ["ms", "time (sgd = 1)", "time (by hand = 1)"] if options.rounds else []
+    columns += ["of the matmul rate"] if rate else []
+    tables: dict[str, list[list[str]]] = {}
+    for name in options.networks:
+        examples = options.batch_size
+        if options.devices > 1 and examples is None:
+            examples = networks.SIZES[name][options.size][3] * (options.devices if options.quick else 1)
+        problem = networks.make(name, options.size, jax.numpy.dtype(options.dtype), examples)
+        found = programs(problem, variants, options.devices)
+        tables[name] = rows_of(found, options.rounds, rate)
+        first = jax.tree.leaves(problem.batch)[0]
+        print(f"\n{name}, {problem.size} params, inputs {first.shape}, {options.dtype}:\n")
+        print(timing.markdown(columns, tables[name]), flush=True)
+        if options.trace:
+            for step, (compiled, arguments, _) in found.items():
+                with jax.profiler.trace(str(options.trace / name / step.replace(", ", "_"))):
+                    jax.block_until_ready(compiled(*arguments))
+    if options.rounds:
+        timing.save(figure(tables), options.output, "step_cost")
+    return tables
+
+
+def figure(tables: dict[str, list[list[str]]]) -> Any:
+    """Times in units of SGD's."""
+    import timing
+
+    longest = max(map(len, tables.values()))
+    picture = timing.figure_class()(figsize=(4.5 * len(tables), 1 + 0.3 * longest), layout="constrained")
+    for axes, (name, rows) in zip(
+        picture.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True
+    ):
+        values = [float(row[5].split()[0]) for row in rows]
+        colours = [
+            "#7f7f7f" if "hand" in r[0] or "optax" in r[0] or r[0] == "sgd" else "#c8102e" for r in rows
+        ]
+        axes.barh(range(len(rows)), values, color=colours)
+        axes.set(
+            yticks=range(len(rows)), yticklabels=[row[0] for row in rows], xlabel="time (sgd = 1)", title=name
+        )
+        axes.invert_yaxis()
+        timing.tidy(axes)
+    return picture
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The benchmarks run in their shortest form and count what they say; how long things take is not tested."""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))  # Where they find each other when they are run as programs.
+
+import by_hand
+import cheap_sam
+import peers
+import scaling
+import step_cost
+import timing
+
+PROGRAMS = {
+    cheap_sam: ["--methods", "sam", "msam"],
+    peers: [],
+    scaling: ["--variants", "sam", "gsam"],
+    step_cost: ["--networks", "mlp", "--variants", "sam"],
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda module: module.__name__)
+def test_quick_form(program, tmp_path, capsys):
+    report = program.main(["--quick", "--output", str(tmp_path), *PROGRAMS[program]])
+    printed = capsys.readouterr().out
+    assert report
+    assert f"jax {jax.__version__}" in printed
+    assert "CPU cores" in printed
+    assert printed.count("\n|") > 3
+    assert (tmp_path / f"{program.__name__}.png").stat().st_size > 1000
+
+
+def test_step_cost_on_devices(tmp_path):
+    options = ["--quick", "--devices", "8", "--rounds", "0", "--networks", "mlp", "--variants", "sam"]
+    (rows,) = step_cost.main([*options, "--output", str(tmp_path)]).values()
+    assert [row[0] for row in rows] == ["sgd", "sam, global", "sam, local"]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda module: module.__name__)
+def test_help_and_bad_output(program, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        program.main(["--help"])
+    assert stopped.value.code == 0
+    assert "--quick" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        program.main(["--quick", "--output", str(Path(__file__))])
+    assert "argument --output: cannot make the folder" in capsys.readouterr().err
+
+
+def test_pairs_of_times():
+    order = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    times = timing.interleaved(calls, rounds=3, seconds=0.0)
+    assert order == [*"aabb", *"ab", *"ba", *"ab"]
+    assert [len(values) for values in times.values()] == [3, 3]
+    assert timing.ratio({"a": [2.0, 6.0, 4.0], "b": [1.0, 2.0, 1.0]}, "a", "b") == (3.0, 2.5, 3.5)
+    assert f"{timing.spread([1.0, 2.0, 3.0]):.1f}" == "2.0 (1.5-2.5)"
+
+
+@pytest.mark.parametrize("name", [name for name in by_hand.RULES if name != "sgd"])
+def test_handwritten_rules_are_those_of_the_library(name):
+    """What costs are compared with computes the same."""
+
+    def loss(params, stats, batch):
+        return jnp.mean(jnp.tanh(batch @ params["w"]) ** 2 + 0.1 * jnp.sum(params["w"] ** 4)), stats
+
+    rule, remembers, variant = by_hand.RULES[name]
+    params, batch = {"w": jnp.array([[0.5, -1.0], [1.5, 0.3], [-0.2, 0.7]])}, jnp.eye(3)
+    step, tx = by_hand.library_step(loss, variant)
+
+    def run(params, batch):
+        ours, theirs = (params, tx.init(params), ()), (params, by_hand.hand_state(params, remembers), ())
+        for _ in range(3):
+            *ours, value = step(*ours, batch)
+            *theirs, expected = by_hand.hand_step(loss, rule)(*theirs, batch)
+        return ours[0]["w"], value, theirs[0]["w"], expected
+
+    w, value, expected_w, expected = jax.jit(run)(params, batch)
+    assert jnp.allclose(w, expected_w, rtol=1e-5, atol=1e-6)
+    assert jnp.allclose(value, expected, rtol=1e-5)
