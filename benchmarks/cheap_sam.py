@@ -75,7 +75,7 @@ def _looksam(rho: float, k: int) -> Method:
 
 
 def _async_sam(rho: float, reuse: str, gradients: float) -> Method:
-    return Method(lambda rho, _: optax_sam.async_sam(rho, reuse=reuse), rho, RADII, gradients)
+    return Method(lambda rho, _: optax_sam.async_sam(rho, reuse=reuse), rho, LONG, gradients)
 
 
 METHODS = {
@@ -190,8 +190,8 @@ def summarize(curves: Any, small: Any, large: Any) -> dict[str, Any]:
 def headline(options: argparse.Namespace) -> str:
     """What was measured."""
     return (
-        f"Digits, 40 % wrong labels, {options.epochs} epochs, {options.seeds} paired seeds; times are multiples "
-        f"of SGD's, median (quartiles), on the digits' MLP with batches of {BATCH_SIZE} and on a "
+        f"Digits, 40 % wrong labels, {options.epochs} epochs, {options.seeds} paired seeds; times are "
+        f"multiples of SGD's, median (quartiles), on the digits' MLP with batches of {BATCH_SIZE} and on a "
         f"{options.network} where gradients dominate."
     )
 

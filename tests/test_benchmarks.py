@@ -1,18 +1,13 @@
 """The benchmarks run in their shortest form and count what they say; how long things take is not tested."""
 
-import sys
 from pathlib import Path
-
-import jax
-import jax.numpy as jnp
-import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))  # Where they find each other when they are run as programs.
 
 import by_hand
 import cheap_sam
+import jax
+import jax.numpy as jnp
 import peers
+import pytest
 import scaling
 import step_cost
 import timing

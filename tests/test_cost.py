@@ -3,16 +3,17 @@
 import functools
 from typing import Any
 
+import by_hand
 import jax
 import jax.numpy as jnp
+import networks
 import optax
 import pytest
 import table
 from quick import QUICK
+from timing import flops, temporary_bytes
 
 import optax_sam
-from benchmarks import by_hand, networks
-from benchmarks.timing import flops, temporary_bytes
 
 BASE = by_hand.BASE
 # Batches so large that arithmetic on the params, of which a step has the same whatever the batch, is
