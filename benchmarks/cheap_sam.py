@@ -89,7 +89,7 @@ METHODS = {
     "looksam, k = 50": _looksam(0.7, 50),
     "async_sam": _async_sam(0.7, "clean", 2.0),
     "async_sam, perturbed": _async_sam(0.7, "perturbed", 1.0),
-    "msam": Method(lambda rho, base: optax_sam.msam(base, rho), 0.7, (*RADII, 2.0, 3.0), 1.0, whole=True),
+    "msam": Method(lambda rho, base: optax_sam.msam(base, rho), 3.0, (*LONG, 4.0, 5.6, 8.0), 1.0, whole=True),
 }
 
 
@@ -151,11 +151,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--tune", action="store_true", help="try radii on other seeds, and stop")
     options = timing.parse(parser, argv)
-    if "sam" not in options.methods:
-        parser.error("argument --methods: 'sam' must be among them, what the others are compared with")
     if options.tune:
         tune(*((1, 2) if options.quick else (5, options.epochs)), options.methods)
         return {}
+    if "sam" not in options.methods:
+        parser.error("argument --methods: 'sam' must be among them, what the others are compared with")
     size, rounds = "heavy", 15
     if options.quick:
         options.seeds, options.epochs, size, rounds = 1, 2, "quick", 2

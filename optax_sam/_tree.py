@@ -91,11 +91,21 @@ def dot(a: Any, b: Any) -> jax.Array:
     return _total(jax.tree.leaves(products))
 
 
+def rescale(tree: Any, radius: Any, length: jax.Array) -> Any:
+    """The tree times `radius / length`, where no entry is larger than its length.
+
+    By multiplications: XLA keeps the quotients of a division by entry in memory, a copy of the tree. Two of
+    them, for the quotient of two numbers may be too large or too small for a float where those are not.
+    """
+    root = jnp.sqrt(length)
+    first, second = 1.0 / root, radius / root
+    return jax.tree.map(lambda x: (x * first) * second, tree)
+
+
 def unit(tree: Any) -> Any:
     """The tree divided by its norm; a zero tree stays zero."""
     length = norm(tree)
-    safe = jnp.where(length > 0.0, length, jnp.ones_like(length))
-    return jax.tree.map(lambda x: x / safe, upcast(tree))
+    return rescale(upcast(tree), 1.0, jnp.where(length > 0.0, length, jnp.ones_like(length)))
 
 
 def cosine(a: Any, b: Any) -> jax.Array:

@@ -87,7 +87,7 @@ def normalized(ord: float = 2.0, eps: float = 1e-12) -> AscentRule:
         # A zero gradient with eps = 0 as well: the perturbation is zero, not NaN.
         length = jnp.where(length == 0.0, jnp.ones_like(length), length)
         if ord == 2.0:
-            return jax.tree.map(lambda g: rho * (g / length), gradient)
+            return _tree.rescale(gradient, rho, length)
         return jax.tree.map(lambda g: rho * jnp.sign(g) * (jnp.abs(g) / length) ** (dual - 1.0), gradient)
 
     def length(perturbation: optax.Updates, params: optax.Params) -> jax.Array:
@@ -440,7 +440,7 @@ def fisher(eta: float = 1.0, eps: float = 1e-12) -> AscentRule:
         roots = jax.tree.map(lambda g, x: jnp.sqrt(jnp.abs(g)) * jnp.sqrt(jnp.abs(x)), gradient, solved)
         length = jnp.hypot(_tree.norm(roots), eps**0.5)
         length = jnp.where(length == 0.0, jnp.ones_like(length), length)
-        return jax.tree.map(lambda x: rho * (x / length), solved)
+        return _tree.rescale(solved, rho, length)
 
     return AscentRule(perturb)
 
