@@ -63,7 +63,7 @@ class Method(NamedTuple):
 
 RADII = (0.35, 0.5, 0.7, 0.85, 1.0, 1.4)
 # The gradient of a few examples is mostly noise, and of a longer step along it little points upwards.
-LONG = (0.7, 1.0, 1.4, 2.0, 2.8)
+LONG = (0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)
 
 
 def _sam(rho: float, radii: Sequence[float], gradients: float, **options: Any) -> Method:
@@ -82,14 +82,14 @@ METHODS = {
     "sam": _sam(0.85, RADII, 2.0),
     "sam, bfloat16 ascent": _sam(0.85, RADII, 2.0, ascent_dtype=jnp.bfloat16),
     "sam, ascent on 1/2": _sam(1.4, LONG, 1.5, ascent_examples=0.5),
-    "sam, ascent on 1/5": _sam(1.4, LONG, 1.2, ascent_examples=0.2),
-    "sam, ascent on 1/10": _sam(1.4, LONG, 1.1, ascent_examples=0.1),
-    "looksam, k = 5": _looksam(0.7, 5),
-    "looksam, k = 20": _looksam(0.7, 20),
-    "looksam, k = 50": _looksam(0.7, 50),
-    "async_sam": _async_sam(0.7, "clean", 2.0),
-    "async_sam, perturbed": _async_sam(0.7, "perturbed", 1.0),
-    "msam": Method(lambda rho, base: optax_sam.msam(base, rho), 3.0, (*LONG, 4.0, 5.6, 8.0), 1.0, whole=True),
+    "sam, ascent on 1/5": _sam(2.0, LONG, 1.2, ascent_examples=0.2),
+    "sam, ascent on 1/10": _sam(2.8, LONG, 1.1, ascent_examples=0.1),
+    "looksam, k = 5": _looksam(1.4, 5),
+    "looksam, k = 20": _looksam(0.5, 20),
+    "looksam, k = 50": _looksam(0.5, 50),
+    "async_sam": _async_sam(4.0, "clean", 2.0),
+    "async_sam, perturbed": _async_sam(1.4, "perturbed", 1.0),
+    "msam": Method(lambda rho, base: optax_sam.msam(base, rho), 4.0, (*LONG, 8.0), 1.0, whole=True),
 }
 
 
