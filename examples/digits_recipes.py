@@ -153,11 +153,11 @@ RECIPES = {
     "decoupled_wsam": Recipe(_decoupled_wsam, 0.7),
     "bsam": Recipe(_bsam, 0.5),
     "looksam": Recipe(_before_base(lambda rho: optax_sam.looksam(rho, k=5, alpha=0.7)), 0.5, gradients=1.2),
-    "async_sam": Recipe(_before_base(optax_sam.async_sam), 0.7),
+    "async_sam": Recipe(_before_base(optax_sam.async_sam), 4.0),
     "async_sam_perturbed": Recipe(
-        _before_base(lambda rho: optax_sam.async_sam(rho, reuse="perturbed")), 0.7, gradients=1
+        _before_base(lambda rho: optax_sam.async_sam(rho, reuse="perturbed")), 1.4, gradients=1
     ),
-    "msam": Recipe(_msam, 0.7, gradients=1),
+    "msam": Recipe(_msam, 4.0, gradients=1),
     "same": Recipe(_before_base(lambda rho: optax_sam.same(rho, gains=(1.0, 1.0, 2.0, 2.0))), 0.7),
     "custom_same": Recipe(_before_base(optax_sam.custom_same), 0.7),
     "saner": Recipe(_before_base(optax_sam.saner), 0.5),
