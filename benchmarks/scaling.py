@@ -95,7 +95,9 @@ def measure(size: int, leaves: int, names: Sequence[str], rounds: int) -> dict[s
 
 
 def exponent(found: Sequence[dict[str, float]], over: str, of: str) -> float:
-    """By which power something grows between the two largest sizes."""
+    """By which power something grows between the two largest sizes; NaN where there is but one."""
+    if len(found) < 2:
+        return math.nan
     first, last = found[-2:]
     return math.log(last[of] / first[of]) / math.log(last[over] / first[over])
 
@@ -129,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = timing.parse(parser, argv)
     if options.quick:
         options.sizes, options.leaves, options.rounds = [1000, 10_000], [5, 20], 2
+    options.sizes, options.leaves = sorted(options.sizes), sorted(options.leaves)
     columns = ["rule", "params", "leaves", "ms", "floor / time", "floor, GB/s", "compile, CPU s"]
 
     by_size = [measure(size, 10, options.variants, options.rounds) for size in options.sizes]
