@@ -295,13 +295,9 @@ def test_multi_steps_after_the_variant(row: Row) -> None:
     """`chain(variant, MultiSteps(base, 2))` applies the mean direction of two steps at the same params."""
     if row.whole_optimizer:
         tx = optax.MultiSteps(row.make(), 2).gradient_transformation()
-        params = table.params()
-        state = tx.init(params)
-        _, grads = optax_sam.sam_value_and_grad(table.loss, row.make())(params, table.batch(), state=state)
-        with pytest.raises(
-            ValueError, match=r"structure|named tuple"
-        ):  # MultiSteps around the pair fails loudly.
-            tx.update(grads, state, params)
+        state = tx.init(table.params())
+        with pytest.raises(ValueError, match=r"`optax.MultiSteps` around a sharpness-aware variant"):
+            optax_sam.sam_value_and_grad(table.loss, row.make())(table.params(), table.batch(), state=state)
         return
     step, tx = train_step(row, base=optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation())
     params = table.params()
