@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import reporting
 from matplotlib.figure import Figure
-from reporting import BLUE, GREY, RED, align, make_folder, number, show, spread
+from reporting import BLUE, GREY, RED, align, make_folder, number, show, spread, style
 from tqdm import tqdm
 
 COLOURS = (GREY, RED, BLUE, "#2e8b57", "#b8860b", "#6a3d9a")
@@ -271,7 +271,8 @@ def figure(curves: Curves, panels: Sequence[Panel], title: str) -> Figure:
         # The beginning is steep and tells nobody apart: it may leave the picture.
         low, high = np.min(late), np.max(late)
         margin = 0.05 * (high - low) or 1.0
-        axes.set(title=panel.title, xlabel="epoch", ylabel=panel.label, ylim=(low - margin, high + margin))
+        limits = low - margin, high + margin
+        style(axes, title=panel.title, xlabel="epoch", ylabel=panel.label, ylim=limits)
         axes.xaxis.get_major_locator().set_params(integer=True)
     grid[0].legend(frameon=False)
     picture.suptitle(title)
