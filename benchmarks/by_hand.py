@@ -183,7 +183,7 @@ def optimizer(variant: Any) -> Any:
     return variant if variant is RULES["msam"][2] else optax.chain(variant, BASE)
 
 
-def library_step(loss: Any, variant: Any, tx: Any = None, **options: Any) -> tuple[Any, Any]:
+def step_of_variant(loss: Any, variant: Any, tx: Any = None, **options: Any) -> tuple[Any, Any]:
     """The same step by the library, and the optimizer whose state goes into it."""
     value_and_grad = optax_sam.sam_value_and_grad(loss, variant, has_aux=True, **options)
     tx = optimizer(variant) if tx is None else tx

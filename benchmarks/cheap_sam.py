@@ -126,7 +126,9 @@ def cost(names: Sequence[str], network: str, size: str, rounds: int) -> dict[str
         method = METHODS[name]
         variant = method.make(method.rho, by_hand.BASE)
         options = {**method.options, "batch_argnums": 2} if method.options else {}
-        step, tx = by_hand.library_step(problem.loss, variant, variant if method.whole else None, **options)
+        step, tx = by_hand.step_of_variant(
+            problem.loss, variant, variant if method.whole else None, **options
+        )
         jitted, state = jax.jit(step), tx.init(problem.params)
         # From the second step on: the first of a memory is a special one.
         after = jax.block_until_ready(jitted(problem.params, state, problem.stats, problem.batch)[1])

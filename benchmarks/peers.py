@@ -35,7 +35,7 @@ def in_jax(batch_size: int | None, size: str) -> dict[str, Callable[[], Any]]:
         state = by_hand.hand_state(problem.params, remembers)
         compiled, arguments = ready(by_hand.hand_step(problem.loss, function), state)
         result[name] = timing.call(compiled, *arguments)
-    step, tx = by_hand.library_step(problem.loss, by_hand.RULES["sam"][2])
+    step, tx = by_hand.step_of_variant(problem.loss, by_hand.RULES["sam"][2])
     compiled, arguments = ready(step, tx.init(problem.params))
     result["optax_sam, sam"] = timing.call(compiled, *arguments)
     for mode, opaque in (("opaque", True), ("transparent", False)):

@@ -97,7 +97,7 @@ def programs(problem: Any, variants: Sequence[str], devices: int) -> dict[str, A
             local = {"axis_name": "data", "perturbation": "local"}
             kinds = {", global": {"axis_name": "data"}, ", local": local}
         for kind, how in kinds.items():
-            step, tx = by_hand.library_step(problem.loss, variant, **how)
+            step, tx = by_hand.step_of_variant(problem.loss, variant, **how)
             state = tx.init(problem.params)
             add(name + kind, step, state, mapped=bool(how))
             if name == "looksam":  # The count of steps is a number in the state: the same program.

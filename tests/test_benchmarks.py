@@ -68,7 +68,7 @@ def test_handwritten_rules_are_those_of_the_library():
 
     def walk(params, batch, name):
         rule, remembers, variant = by_hand.RULES[name]
-        step, tx = by_hand.library_step(loss, variant)
+        step, tx = by_hand.step_of_variant(loss, variant)
         ours, theirs = (params, tx.init(params), ()), (params, by_hand.hand_state(params, remembers), ())
         for _ in range(3):
             *ours, value = step(*ours, batch)

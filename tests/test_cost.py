@@ -48,7 +48,7 @@ def library(
     variant: Any, name: str = "mlp", tx: Any = None, step_number: int | None = None, **how: Any
 ) -> Any:
     """The compiled step of a variant; with a number, of that step alone."""
-    step, tx = by_hand.library_step(problem(name).loss, variant, tx, **how)
+    step, tx = by_hand.step_of_variant(problem(name).loss, variant, tx, **how)
     state = tx.init(problem(name).params)
     if step_number is None:
         return compiled(step, state, name)
@@ -132,7 +132,7 @@ def test_an_ascent_of_a_part_of_the_batch_costs_that_part(examples: Any, share: 
 
 
 def test_metrics_cost_no_gradient() -> None:
-    step, tx = by_hand.library_step(problem().loss, by_hand.RULES["sam"][2])
+    step, tx = by_hand.step_of_variant(problem().loss, by_hand.RULES["sam"][2])
     value_and_grad = optax_sam.sam_value_and_grad(
         problem().loss, by_hand.RULES["sam"][2], has_aux=True, return_metrics=True
     )
