@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
@@ -54,8 +55,6 @@ class Method(NamedTuple):
 
     def arm(self, name: str, rho: float, setting: Setting) -> Arm:
         """For the digits."""
-        import optax
-
         variant = self.make(rho, setting.optimizer)
         tx = variant if self.whole else optax.chain(variant, setting.optimizer)
         return Arm(name, variant, tx, {**self.options, **PARTS} if self.options else None)

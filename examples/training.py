@@ -1,5 +1,6 @@
 """What the examples on images and text share: paired runs that take turns, their table and their curves."""
 
+import abc
 import argparse
 import contextlib
 import itertools
@@ -58,7 +59,7 @@ def fill(
 # Runs.
 
 
-class Trainer:
+class Trainer(abc.ABC):
     """One way to train, to be compared with others: a program fills in the methods.
 
     Attributes:
@@ -69,20 +70,21 @@ class Trainer:
     name: str
     steps_per_epoch: int
 
+    @abc.abstractmethod
     def start(self, seed: int) -> tuple[Any, list[dict[str, float]]]:
         """The state to begin with, and what was measured in the epochs that are behind it already."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def train(self, state: Any, seed: int, epoch: int, tick: Callable[[], Any]) -> Any:
         """The state after an epoch; calls `tick` after every step."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def measure(self, state: Any, seed: int) -> dict[str, float]:
         """What the tables and figures show."""
-        raise NotImplementedError
 
     def keep(self, state: Any, seed: int, history: list[dict[str, float]]) -> None:
         """Called after every epoch, with all measurements so far: the place to log and to save."""
+        del state, seed, history  # Not every program keeps something.
 
 
 def compare(trainers: Sequence[Trainer], seeds: Sequence[int], epochs: int) -> Curves:
