@@ -237,13 +237,13 @@ def sharpness_aware(
       ascent_only: Whether the clean gradient serves the ascent alone and takes no part in the direction:
         what `sam_value_and_grad` needs to know for `ascent_examples` and `ascent_dtype`. None: if neither
         `descent` nor `evaluate` is given.
-      keeps_memory: Whether `descent` itself sees to it that a gradient that is not finite leaves the memory
-        as it was, for a variant that would pay for it in steps that change no memory.
+      keeps_memory: Whether `descent` itself sees to it that the memory stays finite, for a variant that
+        would pay for it in steps that change no memory.
       name: What the variant calls its radius, for error messages.
 
     Returns:
       The variant, the first link of an `optax.chain`. Its direction comes in the dtypes of params.
-      A gradient that is not finite leaves its memory as it was.
+      Where an entry of the new memory is not finite, the old one stays.
 
     Examples:
       A variant that takes the mean of both gradients:
@@ -296,7 +296,7 @@ def sharpness_aware(
         else:
             direction, memory = descent(gradients, state, params, **(extra_args if takes_extra_args else {}))
         if jax.tree.leaves(memory) and not keeps_memory:
-            memory = _tree.keep_if_finite(memory, state.memory, given)
+            memory = _tree.keep_finite(memory, state.memory)
         step = jnp.asarray(optax.safe_increment(state.step))
         new_state = SAMState(step, radius(rho, step, params, state.rho), memory)
         return _tree.cast_like(direction, like), new_state

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
+_SMALL = 4096  # Entries of a leaf: sixteen kilobytes, and not more than a copy of them is made.
+
 
 def branch(predicate: jax.Array, if_true: Callable[[], Any], if_false: Callable[[], Any]) -> Any:
     """`jax.lax.cond`, but outside of a trace, where that would compile anew in every call, a plain `if`."""
@@ -53,15 +55,59 @@ def _root(total: jax.Array, power: float) -> jax.Array:
     return jnp.where(is_zero, jnp.zeros_like(total), safe**power)
 
 
+def _sum_of_squares(leaves: Sequence[jax.Array]) -> jax.Array:
+    return _total([jnp.sum(jnp.square(x)) for x in leaves])
+
+
+def _in_range(squares: jax.Array) -> jax.Array:
+    """Whether a plain sum of squares is accurate."""
+    info = jnp.finfo(squares.dtype)
+    # Below `smallest` the squares of single entries may have been flushed to zero.
+    smallest = float(info.tiny) / float(info.eps) ** 2
+    return (squares >= smallest) & (squares <= float(info.max))
+
+
+def _rescaled_norm(leaves: Sequence[jax.Array], squares: jax.Array) -> jax.Array:
+    """The 2-norm where the plain sum of squares is out of range, in a second pass."""
+    info = jnp.finfo(squares.dtype)
+    # Powers of two are exact, and these keep the squares of all that is out of range inside it.
+    up, down = 2.0 ** (5 * info.maxexp // 8), 2.0 ** (-3 * info.maxexp // 4)
+    # Not a `where` of two constants: JAX 0.8 cannot `vmap` that over an explicitly sharded axis.
+    is_small = (squares < 1.0).astype(info.dtype)
+    scale = is_small * up + (1.0 - is_small) * down
+    return _root(_sum_of_squares([x * scale for x in leaves]), 0.5) / scale
+
+
+def _is_small(x: jax.Array) -> bool:
+    # In explicit sharding mode the type tells how a leaf is spread, and such leaves do not concatenate.
+    return x.size <= _SMALL and not any(jax.typeof(x).sharding.spec)
+
+
+def _bundles(*trees: Any) -> list[list[jax.Array]]:
+    """The leaves of each tree for a reduction over all: of one dtype, and the small ones as one vector.
+
+    A reduction over a bias costs as much to compile, and to start, as one over a matrix.
+    """
+    columns = [jax.tree.leaves(upcast(tree)) for tree in trees]
+    # Of one dtype: the square of a float32 may leave the range of float32 beside a leaf of float64.
+    dtype = jnp.result_type(jnp.float32, *(x for column in columns for x in column))
+    is_small = [all(map(_is_small, row)) for row in zip(*columns, strict=True)]
+
+    def bundle(column: Sequence[jax.Array]) -> list[jax.Array]:
+        leaves = [(x.astype(dtype), small) for x, small in zip(column, is_small, strict=True)]
+        rest = [x.ravel() for x, small in leaves if small]
+        return [x for x, small in leaves if not small] + ([jnp.concatenate(rest)] if rest else [])
+
+    return [bundle(column) for column in columns]
+
+
 def norm(tree: Any, ord: float = 2.0) -> jax.Array:
     """The global `ord`-norm of all entries of the tree; NaN or infinite where an entry is.
 
     The 2-norm costs one pass over memory: only where the plain sum of squares leaves the range in
     which float arithmetic is accurate does a second, rescaled pass run.
     """
-    leaves = jax.tree.leaves(upcast(tree))
-    # Of one dtype: the square of a float32 may leave the range of float32 beside a leaf of float64.
-    leaves = [x.astype(jnp.result_type(*leaves)) for x in leaves]
+    (leaves,) = _bundles(tree)
     if ord == jnp.inf:
         return _largest(leaves)
     if ord != 2.0:
@@ -69,22 +115,8 @@ def norm(tree: Any, ord: float = 2.0) -> jax.Array:
         usable = (largest > 0.0) & jnp.isfinite(largest)
         scale = jnp.where(usable, largest, jnp.ones_like(largest))
         return scale * _root(_total([jnp.sum(jnp.abs(x / scale) ** ord) for x in leaves]), 1 / ord)
-
-    squares = _total([jnp.sum(jnp.square(x)) for x in leaves])
-    info = jnp.finfo(squares.dtype)
-    # Below `smallest` the squares of single entries may have been flushed to zero.
-    smallest = float(info.tiny) / float(info.eps) ** 2
-    in_range = (squares >= smallest) & (squares <= float(info.max))
-
-    def rescaled() -> jax.Array:
-        # Powers of two are exact, and these keep the squares of all that is out of range inside it.
-        up, down = 2.0 ** (5 * info.maxexp // 8), 2.0 ** (-3 * info.maxexp // 4)
-        # Not a `where` of two constants: JAX 0.8 cannot `vmap` that over an explicitly sharded axis.
-        is_small = (squares < 1.0).astype(info.dtype)
-        scale = is_small * up + (1.0 - is_small) * down
-        return _root(_total([jnp.sum(jnp.square(x * scale)) for x in leaves]), 0.5) / scale
-
-    return branch(in_range, lambda: jnp.sqrt(squares), rescaled)
+    squares = _sum_of_squares(leaves)
+    return branch(_in_range(squares), lambda: jnp.sqrt(squares), lambda: _rescaled_norm(leaves, squares))
 
 
 def dot(a: Any, b: Any) -> jax.Array:
@@ -94,14 +126,18 @@ def dot(a: Any, b: Any) -> jax.Array:
 
 
 def rescale(tree: Any, radius: Any, length: jax.Array) -> Any:
-    """The tree times `radius / length`, where no entry is larger than its length.
+    """The tree times `radius / length`.
 
-    By multiplications: XLA keeps the quotients of a division by entry in memory, a copy of the tree. Two of
-    them, for the quotient of two numbers may be too large or too small for a float where those are not.
+    By a multiplication: XLA keeps the quotients of a division by entry in memory, a copy of the tree.
     """
-    root = jnp.sqrt(length)
-    first, second = 1.0 / root, radius / root
-    return jax.tree.map(lambda x: (x * first) * second, tree)
+    scale = radius / length
+    return jax.tree.map(lambda x: x * scale, tree)
+
+
+def relative_norm(tree: Any, length: jax.Array) -> jax.Array:
+    """The norm divided by a length, of whose order it is, so that nothing has to be guarded."""
+    (leaves,) = _bundles(rescale(tree, 1.0, jnp.where(length > 0.0, length, jnp.ones_like(length))))
+    return _root(_sum_of_squares(leaves), 0.5)
 
 
 def unit(tree: Any) -> Any:
@@ -115,18 +151,29 @@ def cosine(a: Any, b: Any) -> jax.Array:
     return dot(unit(a), unit(b))
 
 
-def reject(tree: Any, onto: Any) -> Any:
-    r"""The part of `tree` orthogonal to `onto`: :math:`a - \langle a, \hat b \rangle \hat b`.
+def reject(tree: Any, onto: Any) -> tuple[Any, jax.Array]:
+    r"""The part of `tree` orthogonal to `onto`, and how often the other part contains `onto`.
 
-    Exactly zero where the two are parallel but for rounding: what LookSAM rescales must not be noise.
+    .. math:: a - c\,b, \; c \quad \text{with} \quad c = \frac{\langle a, b \rangle}{\|b\|^2}
+
+    Exactly zero and one for `reject(a, a)`, operation by operation.
     """
-    direction = unit(onto)
-    coefficient = dot(tree, direction)
-    rest = jax.tree.map(lambda x, d: x - coefficient * d, upcast(tree), direction)
-    # Relative to the coefficient nothing that counts can overflow. (The norm would keep `rest` in memory.)
-    squares = _total([jnp.sum(jnp.square(r / coefficient)) for r in jax.tree.leaves(rest)])
-    is_noise = squares <= (16 * jnp.finfo(coefficient.dtype).eps) ** 2
-    return jax.tree.map(lambda r: jnp.where(is_noise, jnp.zeros_like(r), r), rest)
+    a, b = _bundles(tree, onto)
+    squares, product = _sum_of_squares(b), dot(a, b)
+
+    def rescaled() -> tuple[jax.Array, jax.Array]:
+        # In two factors, for their product may be too large for a float where the result is not.
+        length = _rescaled_norm(b, squares)
+        inverse = 1.0 / jnp.where(length > 0.0, length, jnp.ones_like(length))
+        return inverse, dot(a, [y * inverse for y in b])
+
+    first, second = branch(
+        _in_range(squares) & jnp.isfinite(product),
+        lambda: (jnp.ones_like(squares), product / squares),
+        rescaled,
+    )
+    rest = jax.tree.map(lambda x, y: x - second * (first * y), upcast(tree), upcast(onto))
+    return rest, first * second
 
 
 def into_ball(tree: Any, length: jax.Array, radius: Any) -> Any:
@@ -143,9 +190,18 @@ def all_finite(*trees: Any) -> jax.Array:
     return _total([jnp.sum(x * jnp.zeros((), x.dtype)) for x in jax.tree.leaves(trees)]) == 0.0
 
 
-def keep_if_finite(new: Any, old: Any, *gradients: Any) -> Any:
-    """What to remember after a step: the old where a gradient is not finite, or all later steps are lost."""
-    return optax.tree.where(all_finite(*gradients), new, old)
+def keep_finite(new: Any, old: Any) -> Any:
+    """What to remember after a step, entry by entry: the old where the new is not finite, and for good.
+
+    By entry, so that it fuses with what computes the new: to know of all gradients that they are finite,
+    before any of them may be written, would cost a copy of them and a pass over memory.
+    """
+
+    def keep(x: Any, y: Any) -> Any:
+        is_float = jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+        return jnp.where(jnp.isfinite(x), x, y) if is_float else x
+
+    return jax.tree.map(keep, new, old)
 
 
 def displace(params: Any, perturbation: Any) -> Any:

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optax_sam import _checks, _tree
@@ -15,11 +16,11 @@ class LookSAMMemory(NamedTuple):
     """What LookSAM remembers.
 
     Attributes:
-      orthogonal: The part of the last perturbed gradient that was orthogonal to the clean one. A
-        pytree like params, in float32 or better.
+      direction: The part of the last perturbed gradient that was orthogonal to the clean one, divided by
+        its norm plus eps. A pytree like params, in float32 or better.
     """
 
-    orthogonal: optax.Updates
+    direction: optax.Updates
 
 
 def looksam(
@@ -99,25 +100,37 @@ def looksam(
         evaluation = _tree.branch(state.step % k == 0, refresh, reuse)
         return objective.beside(evaluation, clean), clean.aux
 
+    def correction(clean: Any, perturbed: Any, length: jax.Array) -> Any:
+        rest, share = _tree.reject(perturbed, clean)
+        size = _tree.relative_norm(rest, length)
+        # What is left of parallel gradients is rounding noise, which must not be scaled up.
+        is_noise = size <= 16 * jnp.finfo(size.dtype).eps * jnp.abs(share)
+        factor = jnp.where(is_noise, 0.0, 1.0 / (length * jnp.where(is_noise, 1.0, size) + eps))
+        return jax.tree.map(lambda r: factor * r, rest)
+
     def descent(gradients: SAMGradients, state: SAMState, params: optax.Params) -> tuple[optax.Updates, Any]:
         del params
         clean, perturbed, _ = gradients
+        old = state.memory.direction
+        is_due = state.step % k == 0
+        if per_leaf:
+            lengths = jax.tree.map(_tree.norm, clean)
+        else:
+            length = _tree.norm(clean)
+            lengths = jax.tree.map(lambda _: length, clean)
 
-        def by_part(function: Any, *trees: Any) -> Any:
-            return jax.tree.map(function, *trees) if per_leaf else function(*trees)
+        def refresh() -> optax.Updates:
+            if per_leaf:
+                new = jax.tree.map(correction, clean, perturbed, lengths)
+            else:
+                new = correction(clean, perturbed, length)
+            return _tree.keep_finite(new, old)
 
-        def rescale(gradient: Any, orthogonal: Any) -> Any:
-            scale = alpha * _tree.norm(gradient) / (_tree.norm(orthogonal) + eps)
-            return jax.tree.map(lambda g, o: g + scale * o, gradient, orthogonal)
-
-        def refresh() -> tuple[optax.Updates, LookSAMMemory]:
-            memory = LookSAMMemory(by_part(_tree.reject, perturbed, clean))
-            return perturbed, _tree.keep_if_finite(memory, state.memory, clean, perturbed)
-
-        def reuse() -> tuple[optax.Updates, LookSAMMemory]:
-            return by_part(rescale, clean, state.memory.orthogonal), state.memory
-
-        return _tree.branch(state.step % k == 0, refresh, reuse)
+        # In a step that reuses the memory the perturbed gradient is the clean one.
+        direction = jax.tree.map(
+            lambda p, d, size: p + jnp.where(is_due, 0.0, alpha * size) * d, perturbed, old, lengths
+        )
+        return direction, LookSAMMemory(_tree.branch(is_due, refresh, lambda: old))
 
     def init_memory(params: optax.Params) -> LookSAMMemory:
         return LookSAMMemory(_tree.zeros_like(params))
