@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-_SMALL = 4096  # Entries of a leaf: sixteen kilobytes, and not more than a copy of them is made.
+_SMALL = 4096  # Entries of a leaf, sixteen kilobytes.
 
 
 def branch(predicate: jax.Array, if_true: Callable[[], Any], if_false: Callable[[], Any]) -> Any:
@@ -59,23 +59,25 @@ def _sum_of_squares(leaves: Sequence[jax.Array]) -> jax.Array:
     return _total([jnp.sum(jnp.square(x)) for x in leaves])
 
 
-def _in_range(squares: jax.Array) -> jax.Array:
-    """Whether a plain sum of squares is accurate."""
+def _scaled_squares(tree: Any) -> tuple[jax.Array, jax.Array]:
+    """The sum of the squares of the tree times a power of two, and that power.
+
+    One pass over memory, with the power 1, where the plain sum is in the range in which float arithmetic is
+    accurate; else a second one. Powers of two are exact, and these two bring all that is out of range into it.
+    """
+    # Without the barrier XLA puts off the gradients of biases until they are gathered, and keeps what they
+    # are computed from until then.
+    (leaves,) = _bundles(jax.lax.optimization_barrier(tree))
+    squares = _sum_of_squares(leaves)
     info = jnp.finfo(squares.dtype)
     # Below `smallest` the squares of single entries may have been flushed to zero.
     smallest = float(info.tiny) / float(info.eps) ** 2
-    return (squares >= smallest) & (squares <= float(info.max))
-
-
-def _rescaled_norm(leaves: Sequence[jax.Array], squares: jax.Array) -> jax.Array:
-    """The 2-norm where the plain sum of squares is out of range, in a second pass."""
-    info = jnp.finfo(squares.dtype)
-    # Powers of two are exact, and these keep the squares of all that is out of range inside it.
+    in_range = (squares >= smallest) & (squares <= float(info.max))
     up, down = 2.0 ** (5 * info.maxexp // 8), 2.0 ** (-3 * info.maxexp // 4)
-    # Not a `where` of two constants: JAX 0.8 cannot `vmap` that over an explicitly sharded axis.
-    is_small = (squares < 1.0).astype(info.dtype)
-    scale = is_small * up + (1.0 - is_small) * down
-    return _root(_sum_of_squares([x * scale for x in leaves]), 0.5) / scale
+    # Not a `where` of constants: JAX 0.8 cannot `vmap` that over an explicitly sharded axis.
+    is_low = (squares < 1.0).astype(info.dtype)
+    scale = jnp.where(in_range, jnp.ones_like(squares), is_low * up + (1.0 - is_low) * down)
+    return branch(in_range, lambda: squares, lambda: _sum_of_squares([x * scale for x in leaves])), scale
 
 
 def _is_small(x: jax.Array) -> bool:
@@ -107,22 +109,21 @@ def norm(tree: Any, ord: float = 2.0) -> jax.Array:
     The 2-norm costs one pass over memory: only where the plain sum of squares leaves the range in
     which float arithmetic is accurate does a second, rescaled pass run.
     """
+    if ord == 2.0:
+        squares, scale = _scaled_squares(tree)
+        return _root(squares, 0.5) / scale
     (leaves,) = _bundles(tree)
     if ord == jnp.inf:
         return _largest(leaves)
-    if ord != 2.0:
-        largest = _largest(leaves)
-        usable = (largest > 0.0) & jnp.isfinite(largest)
-        scale = jnp.where(usable, largest, jnp.ones_like(largest))
-        return scale * _root(_total([jnp.sum(jnp.abs(x / scale) ** ord) for x in leaves]), 1 / ord)
-    squares = _sum_of_squares(leaves)
-    return branch(_in_range(squares), lambda: jnp.sqrt(squares), lambda: _rescaled_norm(leaves, squares))
+    largest = _largest(leaves)
+    usable = (largest > 0.0) & jnp.isfinite(largest)
+    scale = jnp.where(usable, largest, jnp.ones_like(largest))
+    return scale * _root(_total([jnp.sum(jnp.abs(x / scale) ** ord) for x in leaves]), 1 / ord)
 
 
 def dot(a: Any, b: Any) -> jax.Array:
     """The inner product of two trees. Unlike `optax.tree.vdot` it takes sharded leaves."""
-    products = jax.tree.map(lambda x, y: jnp.sum(x * y), upcast(a), upcast(b))
-    return _total(jax.tree.leaves(products))
+    return _total([jnp.sum(x * y) for x, y in zip(*_bundles(a, b), strict=True)])
 
 
 def rescale(tree: Any, radius: Any, length: jax.Array) -> Any:
@@ -136,7 +137,7 @@ def rescale(tree: Any, radius: Any, length: jax.Array) -> Any:
 
 def relative_norm(tree: Any, length: jax.Array) -> jax.Array:
     """The norm divided by a length, of whose order it is, so that nothing has to be guarded."""
-    (leaves,) = _bundles(rescale(tree, 1.0, jnp.where(length > 0.0, length, jnp.ones_like(length))))
+    (leaves,) = _bundles(rescale(tree, 1.0, length))
     return _root(_sum_of_squares(leaves), 0.5)
 
 
@@ -151,29 +152,20 @@ def cosine(a: Any, b: Any) -> jax.Array:
     return dot(unit(a), unit(b))
 
 
-def reject(tree: Any, onto: Any) -> tuple[Any, jax.Array]:
-    r"""The part of `tree` orthogonal to `onto`, and how often the other part contains `onto`.
+def reject(tree: Any, onto: Any) -> Any:
+    r"""The part of `tree` orthogonal to `onto`: :math:`a - \frac{\langle a, b \rangle}{\|b\|^2} b`.
 
-    .. math:: a - c\,b, \; c \quad \text{with} \quad c = \frac{\langle a, b \rangle}{\|b\|^2}
-
-    Exactly zero and one for `reject(a, a)`, operation by operation.
+    Exactly zero for `reject(a, a)`, operation by operation.
     """
-    a, b = _bundles(tree, onto)
-    squares, product = _sum_of_squares(b), dot(a, b)
-
-    def rescaled() -> tuple[jax.Array, jax.Array]:
-        # In two factors, for their product may be too large for a float where the result is not.
-        length = _rescaled_norm(b, squares)
-        inverse = 1.0 / jnp.where(length > 0.0, length, jnp.ones_like(length))
-        return inverse, dot(a, [y * inverse for y in b])
-
-    first, second = branch(
-        _in_range(squares) & jnp.isfinite(product),
-        lambda: (jnp.ones_like(squares), product / squares),
-        rescaled,
-    )
-    rest = jax.tree.map(lambda x, y: x - second * (first * y), upcast(tree), upcast(onto))
-    return rest, first * second
+    squares, scale = _scaled_squares(onto)
+    info = jnp.finfo(squares.dtype)
+    # The power of two next to the norm: to divide by it is exact, and what is divided can be multiplied.
+    length = jnp.clip(_root(squares, 0.5) / scale, float(info.tiny), float(info.max) / 4)
+    power = jax.lax.reduce_precision(length, info.nexp, 0)
+    direction = rescale(upcast(onto), 1.0, power)
+    squares = squares / (scale * power) ** 2
+    share = dot(tree, direction) / jnp.where(squares > 0.0, squares, jnp.ones_like(squares))
+    return jax.tree.map(lambda x, d: x - share * d, upcast(tree), direction)
 
 
 def into_ball(tree: Any, length: jax.Array, radius: Any) -> Any:

@@ -70,19 +70,25 @@ def gradients(program: Any, name: str = "mlp") -> float:
     return flops(program) / flops(hand("sgd", name))
 
 
+def allowance(name: str = "mlp") -> int:
+    """Bytes of the small leaves as one vector, and of the partial sums of the branch that guards the norm."""
+    leaves = jax.tree.leaves(problem(name).params)
+    return 4096 + 4 * sum(x.size for x in leaves if x.size <= 4096)
+
+
 @pytest.mark.parametrize("name", BATCHES)
 def test_sam_is_the_handwritten_step(name: str) -> None:
-    """In operations, and in memory but for the partial sums of the branch that guards the norm."""
+    """In operations and, but for what little `allowance` tells, in memory."""
     ours, theirs = sam_program(name), hand("sam", name)
     assert flops(theirs) <= flops(ours) <= 1.005 * flops(theirs)
     assert 1.99 <= gradients(ours, name) <= 2.005
-    assert temporary_bytes(ours) <= temporary_bytes(theirs) + 4096
+    assert temporary_bytes(ours) <= temporary_bytes(theirs) + allowance(name)
 
 
 def test_gsam_is_two_gradients_of_a_transformer() -> None:
     ours = library(by_hand.RULES["gsam"][2], "transformer")
     assert 2.0 <= gradients(ours, "transformer") <= 2.02
-    assert temporary_bytes(ours) <= 1.01 * temporary_bytes(hand("gsam", "transformer"))
+    assert temporary_bytes(ours) <= temporary_bytes(hand("gsam", "transformer")) + allowance("transformer")
 
 
 @pytest.mark.parametrize("row", table.ROWS, ids=lambda row: row.name)
@@ -102,19 +108,12 @@ def test_flops_are_those_of_the_evaluations(row: table.Row) -> None:
     assert -1 <= excess / problem().size <= row.algebra
 
 
-@pytest.mark.parametrize("rule", ["asam", "wsam", "saner", "extragradient", "looksam"])
+@pytest.mark.parametrize("rule", [rule for rule in by_hand.RULES if rule not in ("sgd", "sam")])
 def test_memory_is_that_of_the_handwritten_rule(rule: str) -> None:
-    assert temporary_bytes(library(by_hand.RULES[rule][2])) <= temporary_bytes(hand(rule)) + 4096
-
-
-@pytest.mark.parametrize(
-    ("rule", "copies"), [("gsam", 1), ("async_sam", 2), ("async_sam, perturbed", 2), ("msam", 2)]
-)
-def test_what_guards_cost(rule: str, copies: int) -> None:
-    """Copies of the params: the unit vector of GSAM's projection; gradients that may not go straight into
-    the memory, before all of them are known to be finite."""
-    size = 4 * problem().size
-    assert temporary_bytes(library(by_hand.RULES[rule][2])) <= temporary_bytes(hand(rule)) + copies * size
+    """But for a copy of the params where a second guard wants both gradients at hand."""
+    copies = 1 if rule in ("gsam", "looksam") else 0
+    theirs = temporary_bytes(hand(rule)) + 4 * copies * problem().size
+    assert temporary_bytes(library(by_hand.RULES[rule][2])) <= theirs + allowance()
 
 
 def test_looksam_costs_one_gradient_and_one_in_k_on_average() -> None:

@@ -95,7 +95,7 @@ def test_norms(tree: Any, seed: int) -> None:
     size = norm * exact_norm(exact(b))
     cosine = product / size if size else 0.0
     np.testing.assert_allclose(float(_tree.cosine(a, b)), float(cosine), atol=3e-6)
-    rest, _ = _tree.reject(a, b)
+    rest = _tree.reject(a, b)
     chex.assert_tree_all_finite(rest)
     assert abs(float(_tree.cosine(rest, b))) < 1e-3 or exact_norm(exact(rest)) < 1e-4 * norm
 

@@ -67,9 +67,9 @@ def gsam(
         weight = alpha(state.step) if callable(alpha) else alpha
         clean, perturbed, _ = gradients
         if objective == "perturbed":
-            orthogonal, _ = _tree.reject(clean, perturbed)
+            orthogonal = _tree.reject(clean, perturbed)
             return jax.tree.map(lambda p, o: p - weight * o, perturbed, orthogonal), state.memory
-        orthogonal, _ = _tree.reject(perturbed, clean)
+        orthogonal = _tree.reject(perturbed, clean)
         return jax.tree.map(lambda c, o: c + weight * o, clean, orthogonal), state.memory
 
     return sharpness_aware(rho, ascent, descent)

@@ -101,10 +101,13 @@ def looksam(
         return objective.beside(evaluation, clean), clean.aux
 
     def correction(clean: Any, perturbed: Any, length: jax.Array) -> Any:
-        rest, share = _tree.reject(perturbed, clean)
+        length = jnp.where(length > 0.0, length, jnp.ones_like(length))
+        unit = _tree.rescale(clean, 1.0, length)
+        along = _tree.dot(perturbed, unit)
+        rest = jax.tree.map(lambda p, d: p - along * d, perturbed, unit)
         size = _tree.relative_norm(rest, length)
         # What is left of parallel gradients is rounding noise, which must not be scaled up.
-        is_noise = size <= 16 * jnp.finfo(size.dtype).eps * jnp.abs(share)
+        is_noise = size <= 16 * jnp.finfo(size.dtype).eps * jnp.abs(along / length)
         factor = jnp.where(is_noise, 0.0, 1.0 / (length * jnp.where(is_noise, 1.0, size) + eps))
         return jax.tree.map(lambda r: factor * r, rest)
 
