@@ -25,6 +25,8 @@ from optax_sam.variants.ire import ire as ire
 from optax_sam.variants.ire import sampled_label_gradient as sampled_label_gradient
 from optax_sam.variants.looksam import looksam as looksam
 from optax_sam.variants.msam import msam as msam
+from optax_sam.variants.msam import msam_eval_params as msam_eval_params
+from optax_sam.variants.msam import shifted_msam as shifted_msam
 from optax_sam.variants.sam import sam as sam
 from optax_sam.variants.same import custom_same as custom_same
 from optax_sam.variants.same import same as same

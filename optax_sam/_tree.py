@@ -63,7 +63,7 @@ def _scaled_squares(tree: Any) -> tuple[jax.Array, jax.Array]:
     """The sum of the squares of the tree times a power of two, and that power.
 
     One pass over memory, with the power 1, where the plain sum is in the range in which float arithmetic is
-    accurate; else a second one. Powers of two are exact, and these two bring all that is out of range into it.
+    accurate; else two. Powers of two are exact, and these bring all that is out of that range into it.
     """
     # Without the barrier XLA puts off the gradients of biases until they are gathered, and keeps what they
     # are computed from until then.

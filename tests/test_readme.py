@@ -60,7 +60,7 @@ def test_table_of_variants_is_complete() -> None:
             for words in ("SharpnessAwareTransformation", "GradientTransformationExtraArgs")
         )
     } - {"sharpness_aware"}
-    tested = {row.constructor.__name__ for row in table.ROWS} | {"ire"}
+    tested = {row.constructor.__name__ for row in table.ROWS} | {"ire", "shifted_msam"}
     assert in_readme == public == tested
 
 

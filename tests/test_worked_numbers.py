@@ -490,3 +490,26 @@ def test_masks(store, mask, norm, rho, eps, e, u):
     rule = ascent.masked(store(mask), ascent.normalized(eps=eps), norm=norm)
     close(flat(rule(store(G0), rho, store(W0))), e)
     close(direction(optax_sam.sam(rho, ascent=rule), store(W0))[1], u)
+
+
+def test_e17_on_perturbed_params(store):
+    tx = optax_sam.shifted_msam(optax.sgd(0.05, momentum=0.9), 0.1)
+    params = store(W0)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, batch):
+        updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
+        params = optax.apply_updates(params, updates)
+        return params, state, optax_sam.msam_eval_params(state, params)
+
+    points, kept = [], []
+    for batch in (L1, L2, L1):
+        params, state, unperturbed = step(params, state, batch)
+        points.append(flat(params))
+        kept.append(flat(unperturbed))
+    close(points[0], (0.400496280979, 0.940049628098))
+    close(points[2], (-0.4024598648881599, 0.22476267519867618))
+    close(kept[0], (0.5, 0.95))
+    close(kept[1], (0.0599503719021, 0.616990074380))
+    close(kept[2], (-0.3261991337347449, 0.2894488474764095))

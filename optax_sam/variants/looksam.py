@@ -111,28 +111,25 @@ def looksam(
         factor = jnp.where(is_noise, 0.0, 1.0 / (length * jnp.where(is_noise, 1.0, size) + eps))
         return jax.tree.map(lambda r: factor * r, rest)
 
+    def by_part(function: Any, *trees: Any) -> Any:
+        return jax.tree.map(function, *trees) if per_leaf else function(*trees)
+
     def descent(gradients: SAMGradients, state: SAMState, params: optax.Params) -> tuple[optax.Updates, Any]:
         del params
         clean, perturbed, _ = gradients
         old = state.memory.direction
         is_due = state.step % k == 0
-        if per_leaf:
-            lengths = jax.tree.map(_tree.norm, clean)
-        else:
-            length = _tree.norm(clean)
-            lengths = jax.tree.map(lambda _: length, clean)
+        lengths = by_part(_tree.norm, clean)
 
         def refresh() -> optax.Updates:
-            if per_leaf:
-                new = jax.tree.map(correction, clean, perturbed, lengths)
-            else:
-                new = correction(clean, perturbed, length)
-            return _tree.keep_finite(new, old)
+            return _tree.keep_finite(by_part(correction, clean, perturbed, lengths), old)
+
+        def correct(gradient: Any, correction: Any, length: jax.Array) -> Any:
+            weight = jnp.where(is_due, 0.0, alpha * length)
+            return jax.tree.map(lambda g, c: g + weight * c, gradient, correction)
 
         # In a step that reuses the memory the perturbed gradient is the clean one.
-        direction = jax.tree.map(
-            lambda p, d, size: p + jnp.where(is_due, 0.0, alpha * size) * d, perturbed, old, lengths
-        )
+        direction = by_part(correct, perturbed, old, lengths)
         return direction, LookSAMMemory(_tree.branch(is_due, refresh, lambda: old))
 
     def init_memory(params: optax.Params) -> LookSAMMemory:

@@ -1,14 +1,21 @@
 """Momentum-SAM: the optimizer's momentum gives the perturbation (Becker, Altrock, Risse, 2024)."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optax_sam import _checks, _tree
 from optax_sam import ascent as ascents
 from optax_sam._objective import Evaluation, Objective, SAMGradients
-from optax_sam._transformation import SAMState, SharpnessAwareTransformation, sharpness_aware
+from optax_sam._transformation import (
+    SAMState,
+    SharpnessAwareTransformation,
+    is_pair,
+    radius,
+    sharpness_aware,
+)
 
 
 def _momentum(state: optax.OptState, params: optax.Params) -> optax.Updates:
@@ -49,7 +56,8 @@ def msam(
 
     Returns:
       A sharpness-aware transformation that is an optimizer. One gradient evaluation a step, no state but
-      that of the base optimizer. Params are the unperturbed ones, to be evaluated and saved as they are.
+      that of the base optimizer. Params are the unperturbed ones, to be evaluated and saved as they are;
+      `shifted_msam` holds the perturbed ones and takes plain gradients.
       Value and aux are those of the perturbed point, the only one visited, the pair holds its gradient
       twice, and the perturbation is one for all devices and shards.
 
@@ -97,3 +105,138 @@ def msam(
         return base.update(gradient, state.memory, params, **extra_args)
 
     return sharpness_aware(rho, rule, descent, init_memory, evaluate=evaluate)
+
+
+class ShiftedMSAMState(NamedTuple):
+    """The state of `shifted_msam`.
+
+    Attributes:
+      step: How many updates were made. shape=(), dtype=int32
+      rho: The radius by which the params of now are perturbed. shape=(), float32 or better
+      base: The state of the base optimizer, in which the momentum is.
+    """
+
+    step: jax.Array
+    rho: jax.Array
+    base: optax.OptState
+
+
+def shifted_msam(
+    base_optimizer: optax.GradientTransformation, rho: optax.ScalarOrSchedule = 0.3
+) -> optax.GradientTransformationExtraArgs:
+    r"""Momentum-SAM on perturbed params: a whole optimizer that takes plain gradients.
+
+    The same algorithm as `msam`, for a training loop that cannot be changed. The params of the loop are
+    the perturbed ones; what to evaluate and to save as a model are `msam_eval_params(state, params)`.
+
+    .. math:: \tilde w_t = w_t - \rho_t \frac{v_t}{\|v_t\|_2}, \quad u_t = \nabla L(\tilde w_t), \quad
+      v_{t+1} = \mu v_t + u_t, \quad w_{t+1} = w_t - \eta v_{t+1}
+
+    Args:
+      base_optimizer: The optimizer, its learning rate included, with one momentum in its state: the
+        `trace` of `optax.sgd(..., momentum=...)`, or the first moment `mu` of `optax.adam` and its like.
+        Its weight decay acts on the unperturbed params.
+      rho: The radius, >= 0, or a schedule of the step; 0 recovers the base optimizer.
+
+    Returns:
+      An optimizer, to be used with `jax.value_and_grad`, not with `sam_value_and_grad`; nothing comes
+      after it. One gradient evaluation a step, no state but that of the base optimizer.
+
+    Raises:
+      TypeError, ValueError: If an argument is not of its kind or out of its range, the base optimizer has
+        no momentum or several, or `update` gets no params or a pair of gradients.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_sam
+      >>> loss = lambda w: (10 * w[0] ** 2 + w[1] ** 2) / 2
+      >>> tx = optax_sam.shifted_msam(optax.sgd(0.05, momentum=0.9), rho=0.1)
+      >>> params = jnp.array([1.0, 1.0])
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(jax.grad(loss)(params), state, params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> print([f"{x:.4f}" for x in params])
+      ['0.4005', '0.9400']
+      >>> print([f"{x:.4f}" for x in optax_sam.msam_eval_params(state, params)])
+      ['0.5000', '0.9500']
+
+    References:
+      Becker, Altrock and Risse, `Momentum-SAM <https://arxiv.org/abs/2401.12033>`_, 2024, algorithm 1 in
+      the form of its code; there weight decay acts on the perturbed params.
+    """
+    _checks.optimizer("base_optimizer", base_optimizer)
+    _checks.scalar_or_schedule("rho", rho)
+    base = optax.with_extra_args_support(base_optimizer)
+
+    def init(params: optax.Params) -> ShiftedMSAMState:
+        params = jax.tree.map(jnp.asarray, params)
+        state = base.init(params)
+        _momentum(state, params)  # Said now rather than at the first step.
+        step = jnp.zeros((), jnp.int32)
+        return ShiftedMSAMState(step, radius(rho, step, params), state)
+
+    def update(
+        updates: Any, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, ShiftedMSAMState]:
+        if params is None:
+            msg = "`shifted_msam` needs the params: write `update(grads, state, params)`."
+            raise ValueError(msg)
+        if is_pair(updates, params):
+            msg = (
+                "`shifted_msam` takes one gradient, at the params as they are: that of `jax.value_and_grad`. "
+                "With `sam_value_and_grad` write `optax_sam.msam(base_optimizer, rho)`."
+            )
+            raise TypeError(msg)
+        here = _shift(state, params)
+        unperturbed = jax.tree.map(lambda w, e: (w - e).astype(w.dtype), params, here)
+        steps, base_state = base.update(updates, state.base, unperturbed, **extra_args)
+        step = jnp.asarray(optax.safe_increment(state.step))
+        new = ShiftedMSAMState(
+            step,
+            radius(rho, step, params).astype(state.rho.dtype),
+            _tree.keep_finite(base_state, state.base),
+        )
+        total = jax.tree.map(lambda u, new, old: u + (new - old), steps, _shift(new, params), here)
+        return _tree.cast_like(total, params), new
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _shift(state: ShiftedMSAMState, params: optax.Params) -> optax.Updates:
+    """The perturbation that is in the params."""
+    return ascents.normalized()(_momentum(state.base, params), -state.rho, params)
+
+
+def msam_eval_params(state: optax.OptState, params: optax.Params) -> optax.Params:
+    r"""The unperturbed params of a training with `shifted_msam`: those to evaluate and to keep.
+
+    .. math:: w_t = \tilde w_t + \rho_t \frac{v_t}{\|v_t\|_2}
+
+    Args:
+      state: The optimizer's state, which holds that of `shifted_msam`.
+      params: The params of the training loop.
+
+    Returns:
+      Params of the same structure, shapes and dtypes.
+
+    Raises:
+      ValueError: If the state holds none of `shifted_msam`, or several.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_sam
+      >>> params = jnp.array([1.0, 1.0])
+      >>> state = optax_sam.shifted_msam(optax.sgd(0.1, momentum=0.9)).init(params)
+      >>> print(optax_sam.msam_eval_params(state, params))  # Without a step there is no momentum yet.
+      [1. 1.]
+
+    References:
+      Becker, Altrock and Risse, `Momentum-SAM <https://arxiv.org/abs/2401.12033>`_, 2024.
+    """
+    found = [value for _, value in optax.tree.get_all_with_path(state, "ShiftedMSAMState")]
+    if len(found) != 1:
+        msg = (
+            "`state` must be that of an optimizer with one `optax_sam.shifted_msam`, got one with "
+            f"{len(found)}. The params of `optax_sam.msam` are unperturbed as they are."
+        )
+        raise ValueError(msg)
+    params = jax.tree.map(jnp.asarray, params)
+    return jax.tree.map(lambda w, e: (w - e).astype(w.dtype), params, _shift(found[0], params))
