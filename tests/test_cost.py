@@ -116,6 +116,19 @@ def test_memory_is_that_of_the_handwritten_rule(rule: str) -> None:
     assert temporary_bytes(library(by_hand.RULES[rule][2])) <= theirs + allowance()
 
 
+def test_small_leaves_share_a_reduction() -> None:
+    """However many they are: compiling grows with what is large, not with the number of biases."""
+
+    def reductions(leaves: int) -> int:
+        params = {i: jnp.ones(3 + i % 5) for i in range(leaves)} | {-1: jnp.ones((128, 128))}
+        variant = by_hand.RULES["gsam"][2]
+        gradients = optax_sam.SAMGradients(params, params)
+        program = jax.jit(variant.update).lower(gradients, variant.init(params), params)
+        return program.as_text().count("stablehlo.reduce(")
+
+    assert reductions(300) == reductions(2) <= 2 * 3  # Two sums and one for the guard, of two arrays each.
+
+
 def test_looksam_costs_one_gradient_and_one_in_k_on_average() -> None:
     looksam = by_hand.RULES["looksam"][2]  # k = 5
     refresh, reuse = (gradients(library(looksam, step_number=number)) for number in (0, 1))

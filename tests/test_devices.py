@@ -3,6 +3,7 @@
 import contextlib
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -195,6 +196,25 @@ def test_jit(row, form):
     assert_same(result, row)
     if form != "fsdp":
         assert_on_every_device(result)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_norms_of_sharded_leaves(kind):
+    """Small leaves are reduced as one vector, but for those that are known to be spread."""
+    rule, variant = optax_sam.ascent.normalized(), optax_sam.gsam(0.1)
+
+    def measured(params, other):
+        direction, _ = variant.update(optax_sam.SAMGradients(params, other), variant.init(params), params)
+        return rule(params, 0.1, params), direction
+
+    params, other = make_params(), jax.tree.map(jnp.cos, make_params())
+    mesh = make_mesh(kind)
+    shardings = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), SHARDED, is_leaf=lambda x: isinstance(x, P)
+    )
+    with jax.set_mesh(mesh):
+        found = jax.jit(measured)(*jax.device_put((params, other), (shardings, shardings)))
+    chex.assert_trees_all_close(jax.device_get(found), measured(params, other), rtol=1e-12)
 
 
 def compile_step(step, tx, *, form, how, base=None):
