@@ -368,8 +368,9 @@ def test_the_metrics_are_the_same_on_all_devices():
     on_one = optax_sam.sam_value_and_grad(loss, variant, return_metrics=True, **SHARDS)
     expected = jax.jit(lambda params, state: on_one(params, batch, state=state))(params, tx.init(params))[2]
     for got, want in zip(metrics, expected, strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-10)
-    np.testing.assert_allclose(metrics.perturbation_norm, 0.1, rtol=1e-6)  # Kept in float32.
+        # The norm of the perturbation is kept in float32.
+        np.testing.assert_allclose(got, want, rtol=1e-10 if want.dtype == jnp.float64 else 2e-7)
+    np.testing.assert_allclose(metrics.perturbation_norm, 0.1, rtol=1e-6)
 
 
 def test_devices_agree_on_a_decision_taken_from_the_gradient():
