@@ -127,7 +127,7 @@ def dot(a: Any, b: Any) -> jax.Array:
 
 
 def rescale(tree: Any, radius: Any, length: jax.Array) -> Any:
-    """The tree times `radius / length`.
+    """The tree times `radius / length`; zero where that is too small for a float, below 1e-38.
 
     By a multiplication: XLA keeps the quotients of a division by entry in memory, a copy of the tree.
     """
@@ -183,10 +183,10 @@ def all_finite(*trees: Any) -> jax.Array:
 
 
 def keep_finite(new: Any, old: Any) -> Any:
-    """What to remember after a step, entry by entry: the old where the new is not finite, and for good.
+    """What to remember after a step, entry by entry: where the new is not finite, the old.
 
-    By entry, so that it fuses with what computes the new: to know of all gradients that they are finite,
-    before any of them may be written, would cost a copy of them and a pass over memory.
+    By entry, so that it fuses with what computes the new. To know of all gradients that they are finite
+    before one of them may be written would cost a copy of them and a pass over memory.
     """
 
     def keep(x: Any, y: Any) -> Any:

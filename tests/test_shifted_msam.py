@@ -34,6 +34,7 @@ def plain_loop(tx, params, batches):
     """The params of the loop and the unperturbed ones after each step, and the last state."""
 
     @jax.jit
+    @chex.assert_max_traces(n=1)
     def step(params, state, batch):
         updates, state = tx.update(jax.grad(table.loss)(params, batch), state, params)
         params = optax.apply_updates(params, updates)

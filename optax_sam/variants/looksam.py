@@ -124,9 +124,9 @@ def looksam(
         def refresh() -> optax.Updates:
             return _tree.keep_finite(by_part(correction, clean, perturbed, lengths), old)
 
-        def correct(gradient: Any, correction: Any, length: jax.Array) -> Any:
+        def correct(gradient: Any, unit: Any, length: jax.Array) -> Any:
             weight = jnp.where(is_due, 0.0, alpha * length)
-            return jax.tree.map(lambda g, c: g + weight * c, gradient, correction)
+            return jax.tree.map(lambda g, d: g + weight * d, gradient, unit)
 
         # In a step that reuses the memory the perturbed gradient is the clean one.
         direction = by_part(correct, perturbed, old, lengths)

@@ -190,11 +190,7 @@ def shifted_msam(
         unperturbed = jax.tree.map(lambda w, e: (w - e).astype(w.dtype), params, here)
         steps, base_state = base.update(updates, state.base, unperturbed, **extra_args)
         step = jnp.asarray(optax.safe_increment(state.step))
-        new = ShiftedMSAMState(
-            step,
-            radius(rho, step, params).astype(state.rho.dtype),
-            _tree.keep_finite(base_state, state.base),
-        )
+        new = ShiftedMSAMState(step, radius(rho, step, params), _tree.keep_finite(base_state, state.base))
         total = jax.tree.map(lambda u, new, old: u + (new - old), steps, _shift(new, params), here)
         return _tree.cast_like(total, params), new
 
