@@ -33,6 +33,8 @@ def in_double(tree):
 def plain_loop(tx, params, batches):
     """The params of the loop and the unperturbed ones after each step, and the last state."""
 
+    chex.clear_trace_counter()
+
     @jax.jit
     @chex.assert_max_traces(n=1)
     def step(params, state, batch):
