@@ -167,12 +167,17 @@ def shifted_msam(
     _checks.scalar_or_schedule("rho", rho)
     base = optax.with_extra_args_support(base_optimizer)
 
+    def radius_at(step: jax.Array, params: optax.Params) -> jax.Array:
+        value = radius(rho, step, params)
+        # Not weakly typed: what a wrapper puts in its place is not, and would compile anew.
+        return value.astype(value.dtype)
+
     def init(params: optax.Params) -> ShiftedMSAMState:
         params = jax.tree.map(jnp.asarray, params)
         state = base.init(params)
         _momentum(state, params)  # Said now rather than at the first step.
         step = jnp.zeros((), jnp.int32)
-        return ShiftedMSAMState(step, radius(rho, step, params), state)
+        return ShiftedMSAMState(step, radius_at(step, params), state)
 
     def update(
         updates: Any, state: Any, params: optax.Params | None = None, **extra_args: Any
@@ -190,7 +195,7 @@ def shifted_msam(
         unperturbed = jax.tree.map(lambda w, e: (w - e).astype(w.dtype), params, here)
         steps, base_state = base.update(updates, state.base, unperturbed, **extra_args)
         step = jnp.asarray(optax.safe_increment(state.step))
-        new = ShiftedMSAMState(step, radius(rho, step, params), _tree.keep_finite(base_state, state.base))
+        new = ShiftedMSAMState(step, radius_at(step, params), _tree.keep_finite(base_state, state.base))
         total = jax.tree.map(lambda u, new, old: u + (new - old), steps, _shift(new, params), here)
         return _tree.cast_like(total, params), new
 
