@@ -163,7 +163,9 @@ def reject(tree: Any, onto: Any) -> Any:
     length = jnp.clip(_root(squares, 0.5) / scale, float(info.tiny), float(info.max) / 4)
     power = jax.lax.reduce_precision(length, info.nexp, 0)
     direction = rescale(upcast(onto), 1.0, power)
-    squares = squares / (scale * power) ** 2
+    # Those of the direction. Neither `/ x**2` nor `/ x / x`, which XLA makes of it: the square may overflow.
+    inverse = 1.0 / (scale * power)
+    squares = (squares * inverse) * inverse
     share = dot(tree, direction) / jnp.where(squares > 0.0, squares, jnp.ones_like(squares))
     return jax.tree.map(lambda x, d: x - share * d, upcast(tree), direction)
 

@@ -519,6 +519,19 @@ def test_the_rejected_part_is_orthogonal(drawn, exponent):
     np.testing.assert_allclose(rest, a - (a @ b_hat) * b_hat, atol=1e-6 * size)
 
 
+@pytest.mark.parametrize("exponent", [-63.0, -40.1, -40.0, -39.9, 63.0, 63.5, 63.9, 64.1, 100.0])
+def test_a_projection_at_the_edges_of_the_range(exponent):
+    """Where sums of squares begin to leave the range of float32; found by a random case near 2^64."""
+    rng = np.random.default_rng(0)
+    for size in (1, 2, 5):
+        b = (rng.normal(size=size) * 2.0**exponent).astype(np.float32)
+        a = (rng.normal(size=size) * np.linalg.norm(b.astype(float))).astype(np.float32)
+        exact_a, exact_b = a.astype(np.float64), b.astype(np.float64)
+        rest = exact_a - (exact_a @ exact_b) / (exact_b @ exact_b) * exact_b
+        np.testing.assert_allclose(REJECT([a], [b])[0], rest, atol=1e-6 * np.linalg.norm(exact_a))
+        np.testing.assert_array_equal(_tree.reject([jnp.asarray(b)], [jnp.asarray(b)])[0], np.zeros(size))
+
+
 def some_leaves(params):
     """A mask: the leaves whose names come first."""
     return {name: name == "a" for name in params}
