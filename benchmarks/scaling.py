@@ -158,18 +158,18 @@ def figure(by_size: Any, by_leaves: Any) -> Any:
     """Time over params, compile time over leaves."""
     picture = timing.figure_class()(figsize=(10, 4), layout="constrained")
     left, right = picture.subplots(1, 2)
+    colours = {name: f"C{i}" for i, name in enumerate(by_size[0])}
     for axes, found, over, of in (
         (left, by_size, "size", "seconds"),
         (right, by_leaves, "leaves", "compile"),
     ):
         for name in found[0]:
-            axes.loglog(
-                [one[name][over] for one in found], [one[name][of] for one in found], "o-", label=name
-            )
+            sizes, values = ([one[name][key] for one in found] for key in (over, of))
+            axes.loglog(sizes, values, "o-", color=colours[name], label=name)
+        axes.legend(frameon=False, fontsize=8)
         timing.tidy(axes)
     left.set(xlabel="params", ylabel="seconds", title="the library's own part of a step, 10 leaves")
     right.set(xlabel="leaves", ylabel="CPU seconds", title="compiling it, a million params")
-    left.legend(frameon=False, fontsize=8)
     return picture
 
 
