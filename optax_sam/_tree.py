@@ -113,9 +113,9 @@ def norm(tree: Any, ord: float = 2.0) -> jax.Array:
         squares, scale = _scaled_squares(tree)
         return _root(squares, 0.5) / scale
     (leaves,) = _bundles(tree)
-    if ord == jnp.inf:
-        return _largest(leaves)
     largest = _largest(leaves)
+    if ord == jnp.inf:
+        return largest
     usable = (largest > 0.0) & jnp.isfinite(largest)
     scale = jnp.where(usable, largest, jnp.ones_like(largest))
     return scale * _root(_total([jnp.sum(jnp.abs(x / scale) ** ord) for x in leaves]), 1 / ord)

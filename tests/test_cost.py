@@ -78,11 +78,12 @@ def allowance(name: str = "mlp") -> int:
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_sam_is_the_handwritten_step(name: str) -> None:
-    """In operations and, but for what little `allowance` tells, in memory."""
+    """In operations and, but for partial sums and, where most leaves are small, their vector, in memory."""
     ours, theirs = sam_program(name), hand("sam", name)
     assert flops(theirs) <= flops(ours) <= 1.005 * flops(theirs)
     assert 1.99 <= gradients(ours, name) <= 2.005
-    assert temporary_bytes(ours) <= temporary_bytes(theirs) + allowance(name)
+    extra = allowance(name) if name == "transformer" else 4096
+    assert temporary_bytes(ours) <= temporary_bytes(theirs) + extra
 
 
 def test_gsam_is_two_gradients_of_a_transformer() -> None:

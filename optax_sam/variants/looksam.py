@@ -102,6 +102,7 @@ def looksam(
 
     def correction(clean: Any, perturbed: Any, length: jax.Array) -> Any:
         length = jnp.where(length > 0.0, length, jnp.ones_like(length))
+        # Not `_tree.reject`: the norm is known, and rounding noise is dealt with below.
         unit = _tree.rescale(clean, 1.0, length)
         along = _tree.dot(perturbed, unit)
         rest = jax.tree.map(lambda p, d: p - along * d, perturbed, unit)

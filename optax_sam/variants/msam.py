@@ -192,8 +192,7 @@ def shifted_msam(
             )
             raise TypeError(msg)
         here = _shift(state, params)
-        unperturbed = jax.tree.map(lambda w, e: (w - e).astype(w.dtype), params, here)
-        steps, base_state = base.update(updates, state.base, unperturbed, **extra_args)
+        steps, base_state = base.update(updates, state.base, _unperturbed(params, here), **extra_args)
         step = jnp.asarray(optax.safe_increment(state.step))
         new = ShiftedMSAMState(step, radius_at(step, params), _tree.keep_finite(base_state, state.base))
         total = jax.tree.map(lambda u, new, old: u + (new - old), steps, _shift(new, params), here)
@@ -205,6 +204,10 @@ def shifted_msam(
 def _shift(state: ShiftedMSAMState, params: optax.Params) -> optax.Updates:
     """The perturbation that is in the params."""
     return ascents.normalized()(_momentum(state.base, params), -state.rho, params)
+
+
+def _unperturbed(params: optax.Params, perturbation: optax.Updates) -> optax.Params:
+    return _tree.displace(params, jax.tree.map(jnp.negative, perturbation))
 
 
 def msam_eval_params(state: optax.OptState, params: optax.Params) -> optax.Params:
@@ -240,4 +243,4 @@ def msam_eval_params(state: optax.OptState, params: optax.Params) -> optax.Param
         )
         raise ValueError(msg)
     params = jax.tree.map(jnp.asarray, params)
-    return jax.tree.map(lambda w, e: (w - e).astype(w.dtype), params, _shift(found[0], params))
+    return _unperturbed(params, _shift(found[0], params))
