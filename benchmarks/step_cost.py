@@ -4,11 +4,12 @@
     python benchmarks/step_cost.py --networks transformer --size large --dtype bfloat16
     python benchmarks/step_cost.py --devices 8
 
-FLOPs and temporary memory are the compiler's own count (of a conditional, that of its larger branch). Times
-are paired: all programs take turns, and a ratio is that of one round. With `--devices` the batch is spread
-over so many (simulated, on a CPU) devices, with a global and with a local perturbation. On a GPU the rate of
-arithmetic is given as a share of what a large product of matrices reaches on the same card, and `--trace`
-writes a profile.
+FLOPs and temporary memory are the compiler's own count (of a conditional, that of its larger branch); memory
+of the step that overwrites params and state, as training does: else temporaries also lie in what the step
+returns, and are not counted. Times are paired: all programs take turns, and a ratio is that of one round.
+With `--devices` the batch is spread over so many (simulated, on a CPU) devices, with a global and with a local
+perturbation. On a GPU the rate of arithmetic is given as a share of what a large product of matrices reaches
+on the same card, and `--trace` writes a profile.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
 def options_of(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -54,15 +55,32 @@ def options_of(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     return parser, options
 
 
-def programs(problem: Any, variants: Sequence[str], devices: int) -> dict[str, Any]:
-    """From a name to a compiled step, its arguments and the seconds that the first call waits."""
+class Program(NamedTuple):
+    """A compiled step.
+
+    Attributes:
+      compiled: The step.
+      arguments: What it is called with.
+      seconds: What its first call waits for: tracing, lowering and compiling.
+      temporaries: Bytes of temporary memory, where it overwrites params and state.
+    """
+
+    compiled: Any
+    arguments: tuple[Any, ...]
+    seconds: float
+    temporaries: int
+
+
+def programs(problem: Any, variants: Sequence[str], devices: int) -> dict[str, Program]:
+    """The steps by their names in the table."""
     import by_hand
     import jax
     import optax
+    import timing
     from jax.sharding import AxisType, NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    result: dict[str, Any] = {}
+    result: dict[str, Program] = {}
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
     spread, same = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
 
@@ -82,7 +100,9 @@ def programs(problem: Any, variants: Sequence[str], devices: int) -> dict[str, A
         # Of the processor, not of the clock: on a shared machine others would be counted too.
         begin = time.process_time()
         compiled = jax.jit(step).lower(*arguments).compile()
-        result[name] = compiled, arguments, time.process_time() - begin
+        seconds = time.process_time() - begin
+        overwriting = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+        result[name] = Program(compiled, arguments, seconds, timing.temporary_bytes(overwriting))
 
     for name in ("sgd", *variants):
         rule, remembers, variant = by_hand.RULES[name]
@@ -101,9 +121,10 @@ def programs(problem: Any, variants: Sequence[str], devices: int) -> dict[str, A
             state = tx.init(problem.params)
             add(name + kind, step, state, mapped=bool(how))
             if name == "looksam":  # The count of steps is a number in the state: the same program.
-                compiled, arguments, seconds = result[name + kind]
-                later = optax.tree.set(arguments[1], step=1 + optax.tree.get(arguments[1], "step"))
-                result[f"{name}{kind}, reuse"] = compiled, (arguments[0], later, *arguments[2:]), seconds
+                program = result[name + kind]
+                params, state, *rest = program.arguments
+                later = optax.tree.set(state, step=1 + optax.tree.get(state, "step"))
+                result[f"{name}{kind}, reuse"] = program._replace(arguments=(params, later, *rest))
     if devices == 1 and "sam" in variants:
         for kind, opaque in (("opaque", True), ("transparent", False)):
             step, state, _ = by_hand.optax_step(problem.loss, problem.params, opaque=opaque)
@@ -136,20 +157,20 @@ def matmul_rate(dtype: str) -> float:
     return 2 * size**3 / statistics.median(times["product"])
 
 
-def rows_of(found: dict[str, Any], rounds: int, rate: float | None) -> list[list[str]]:
+def rows_of(found: dict[str, Program], rounds: int, rate: float | None) -> list[list[str]]:
     """The table of a network."""
     import timing
 
     calls = {
-        name: two_calls(compiled, arguments)
+        name: two_calls(program.compiled, program.arguments)
         if name.endswith("transparent")
-        else timing.call(compiled, *arguments)
-        for name, (compiled, arguments, _) in found.items()
+        else timing.call(program.compiled, *program.arguments)
+        for name, program in found.items()
     }
     times = timing.interleaved(calls, rounds=rounds) if rounds else {}
-    plain = timing.flops(found["sgd"][0])
+    plain = timing.flops(found["sgd"].compiled)
     rows = []
-    for name, (compiled, _, seconds) in found.items():
+    for name, (compiled, _, seconds, temporaries) in found.items():
         twice = 2 if name.endswith("transparent") else 1
         partner = name.split(",")[0] if name.startswith("optax") else name
         partner = {"optax.contrib.sam": "sam, by hand"}.get(
@@ -157,10 +178,10 @@ def rows_of(found: dict[str, Any], rounds: int, rate: float | None) -> list[list
         )
         partner = partner if partner in found and partner != name else None
         counted = "" if name.endswith("reuse") else f"{twice * timing.flops(compiled) / plain:.3f}"
-        memory, first = f"{timing.temporary_bytes(compiled) / 1e6:.2f}", f"{seconds:.2f}"
+        memory, first = f"{temporaries / 1e6:.2f}", f"{seconds:.2f}"
         if partner and not name.endswith("reuse"):
-            memory += f" ({timing.temporary_bytes(compiled) / timing.temporary_bytes(found[partner][0]):.2f})"
-            first += f" ({seconds / found[partner][2]:.2f})"
+            memory += f" ({temporaries / found[partner].temporaries:.2f})"
+            first += f" ({seconds / found[partner].seconds:.2f})"
         row = [name, counted, memory, first]
         if times:
             row += [f"{1e3 * statistics.median(times[name]):.2f}", f"{timing.ratio(times, name, 'sgd'):.2f}"]
@@ -200,9 +221,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[list[str]]]:
         print(f"\n{name}, {problem.size} params, inputs {first.shape}, {options.dtype}:\n")
         print(timing.markdown(columns, tables[name]), flush=True)
         if options.trace:
-            for step, (compiled, arguments, _) in found.items():
+            for step, program in found.items():
                 with jax.profiler.trace(str(options.trace / name / step.replace(", ", "_"))):
-                    jax.block_until_ready(compiled(*arguments))
+                    jax.block_until_ready(program.compiled(*program.arguments))
     if options.rounds:
         timing.save(figure(tables), options.output, "step_cost")
     return tables

@@ -48,11 +48,11 @@ def _largest(leaves: Sequence[jax.Array]) -> jax.Array:
     return largest
 
 
-def _root(total: jax.Array, power: float) -> jax.Array:
+def _root(total: jax.Array, ord: float = 2.0) -> jax.Array:
     # The inner `where` keeps the derivative at zero finite, for those who differentiate a step.
     is_zero = total == 0.0
     safe = jnp.where(is_zero, jnp.ones_like(total), total)
-    return jnp.where(is_zero, jnp.zeros_like(total), safe**power)
+    return jnp.where(is_zero, jnp.zeros_like(total), jnp.sqrt(safe) if ord == 2.0 else safe ** (1.0 / ord))
 
 
 def _sum_of_squares(leaves: Sequence[jax.Array]) -> jax.Array:
@@ -111,14 +111,14 @@ def norm(tree: Any, ord: float = 2.0) -> jax.Array:
     """
     if ord == 2.0:
         squares, scale = _scaled_squares(tree)
-        return _root(squares, 0.5) / scale
+        return _root(squares) / scale
     (leaves,) = _bundles(tree)
     largest = _largest(leaves)
     if ord == jnp.inf:
         return largest
     usable = (largest > 0.0) & jnp.isfinite(largest)
     scale = jnp.where(usable, largest, jnp.ones_like(largest))
-    return scale * _root(_total([jnp.sum(jnp.abs(x / scale) ** ord) for x in leaves]), 1 / ord)
+    return scale * _root(_total([jnp.sum(jnp.abs(x / scale) ** ord) for x in leaves]), ord)
 
 
 def dot(a: Any, b: Any) -> jax.Array:
@@ -135,10 +135,10 @@ def rescale(tree: Any, radius: Any, length: jax.Array) -> Any:
     return jax.tree.map(lambda x: x * scale, tree)
 
 
-def relative_norm(tree: Any, length: jax.Array) -> jax.Array:
-    """The norm divided by a length, of whose order it is, so that nothing has to be guarded."""
-    (leaves,) = _bundles(rescale(tree, 1.0, length))
-    return _root(_sum_of_squares(leaves), 0.5)
+def plain_norm(tree: Any) -> jax.Array:
+    """The 2-norm of what is known to be in the range where squares are accurate, which nothing guards."""
+    (leaves,) = _bundles(tree)
+    return _root(_sum_of_squares(leaves))
 
 
 def unit(tree: Any) -> Any:
@@ -160,7 +160,7 @@ def reject(tree: Any, onto: Any) -> Any:
     squares, scale = _scaled_squares(onto)
     info = jnp.finfo(squares.dtype)
     # The power of two next to the norm: to divide by it is exact, and what is divided can be multiplied.
-    length = jnp.clip(_root(squares, 0.5) / scale, float(info.tiny), float(info.max) / 4)
+    length = jnp.clip(_root(squares) / scale, float(info.tiny), float(info.max) / 4)
     power = jax.lax.reduce_precision(length, info.nexp, 0)
     direction = rescale(upcast(onto), 1.0, power)
     # Those of the direction. Neither `/ x**2` nor `/ x / x`, which XLA makes of it: the square may overflow.

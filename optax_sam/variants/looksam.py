@@ -102,14 +102,16 @@ def looksam(
 
     def correction(clean: Any, perturbed: Any, length: jax.Array) -> Any:
         length = jnp.where(length > 0.0, length, jnp.ones_like(length))
-        # Not `_tree.reject`: the norm is known, and rounding noise is dealt with below.
-        unit = _tree.rescale(clean, 1.0, length)
-        along = _tree.dot(perturbed, unit)
-        rest = jax.tree.map(lambda p, d: p - along * d, perturbed, unit)
-        size = _tree.relative_norm(rest, length)
+        # Not `_tree.reject`: the norm is known, and rounding noise is dealt with below. In units of that
+        # norm, so that nothing has to be guarded.
+        inverse = 1.0 / length
+        unit = jax.tree.map(lambda c: c * inverse, clean)
+        along = _tree.dot(perturbed, unit) * inverse
+        rest = jax.tree.map(lambda p, d: p * inverse - along * d, perturbed, unit)
+        size = _tree.plain_norm(rest)
         # What is left of parallel gradients is rounding noise, which must not be scaled up.
-        is_noise = size <= 16 * jnp.finfo(size.dtype).eps * jnp.abs(along / length)
-        factor = jnp.where(is_noise, 0.0, 1.0 / (length * jnp.where(is_noise, 1.0, size) + eps))
+        is_noise = size <= 16 * jnp.finfo(size.dtype).eps * jnp.abs(along)
+        factor = jnp.where(is_noise, 0.0, length / (length * jnp.where(is_noise, 1.0, size) + eps))
         return jax.tree.map(lambda r: factor * r, rest)
 
     def by_part(function: Any, *trees: Any) -> Any:
