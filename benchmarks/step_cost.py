@@ -7,7 +7,7 @@
 FLOPs and temporary memory are the compiler's own count (of a conditional, that of its larger branch); memory
 of the step that overwrites params and state, as training does: else temporaries also lie in what the step
 returns, and are not counted. Times are paired: all programs take turns, and a ratio is that of one round.
-With `--devices` the batch is spread over so many (simulated, on a CPU) devices, with a global and with a local
+With `--devices` the batch is spread over so many (on a CPU simulated) devices, with global and with local
 perturbation. On a GPU the rate of arithmetic is given as a share of what a large product of matrices reaches
 on the same card, and `--trace` writes a profile.
 """
