@@ -103,7 +103,7 @@ def _product(loss_fn: LossFn, params: optax.Params, vector: Any, batch: Any) -> 
         _, moved = jax.jvp(lambda p: loss_fn.model_fn(p, batch), (params,), (vector,))
 
         def loss(outputs: Any) -> jax.Array:
-            return _batches.scalar_loss(lambda o, b: loss_fn.output_loss(o, b), outputs, batch)
+            return _batches.scalar_loss(loss_fn.output_loss, outputs, batch)
 
         return pull_back(jax.jvp(jax.grad(loss), (outputs,), (moved,))[1])[0]
     gradient = jax.grad(lambda p: _batches.scalar_loss(loss_fn, p, batch))
@@ -411,8 +411,9 @@ def _hutchinson(
                 mean, squares = _accumulate(jnp.asarray(number), mean, squares, sample)
             tick()
     _batches.finite("The second derivatives of the loss", mean)
-    variance = num_samples * (num_samples - 1)
-    return Estimate(mean, jax.tree.map(lambda s: jnp.sqrt(s / variance), squares))
+    # The variance of the mean is that of a sample divided by their number.
+    divisor = num_samples * (num_samples - 1)
+    return Estimate(mean, jax.tree.map(lambda s: jnp.sqrt(s / divisor), squares))
 
 
 def hessian_trace(

@@ -230,7 +230,7 @@ def worst_case_sharpness(
 ) -> jax.Array:
     r"""The largest rise of the loss in a ball, by projected ascent.
 
-    .. math:: \max_{\|\epsilon / c\|_p \le \rho} L(w + \epsilon) - L(w), \quad c = 1 \text{ or } |w|
+    .. math:: \max_{\|\epsilon / c\|_p \le \rho} \{L(w + \epsilon) - L(w)\}, \quad c = 1 \text{ or } |w|
 
     The ascent starts at the center and at random points of the border, tries strides of :math:`2\rho`,
     halves the stride where a step did not go up, and keeps the best. What it returns is a lower bound
@@ -391,7 +391,7 @@ def m_sharpness(
     .. math:: \frac1N \sum_{S} |S| \max_{\|\epsilon / c\|_p \le \rho} \{L_S(w + \epsilon) - L_S(w)\}
 
     over disjoint sets S of m successive examples. Of the kinds of sharpness it is the one that SAM
-    with batches of m lowers. It does not rise with m.
+    with batches of m lowers. It does not rise when m is multiplied by a whole number, which joins sets.
 
     Args:
       loss_fn: As for `one_step_sharpness`, and so are params and batches.
@@ -461,11 +461,12 @@ def _mean_over_sets(
 
     def largest(indices: jax.Array) -> tuple[jax.Array, jax.Array]:
         chosen = jax.tree.map(lambda x: x[indices] if jnp.ndim(x) else x, batch)
-        evaluate = functools.partial(_value_and_grad, loss_fn, adaptive, params)
         clean = _batches.scalar_loss(loss_fn, params, chosen)
 
+        def at(z: Any) -> Any:
+            return _value_and_grad(loss_fn, adaptive, params, z, chosen)
+
         def from_start(start: Any) -> jax.Array:
-            at = functools.partial(_evaluate_on, evaluate, chosen)
             return _climb(at, start, at(start), rho, ord, steps, jax.lax.fori_loop).value
 
         values = jax.lax.map(from_start, starts)
@@ -482,10 +483,6 @@ def _mean_over_sets(
     return jax.tree.map(lambda x: x / size, total)
 
 
-def _evaluate_on(evaluate: Callable[[Any, Any], Any], batch: Any, z: Any) -> Any:
-    return evaluate(z, batch)
-
-
 def surrogate_gap(
     loss_fn: LossFn,
     params: optax.Params,
@@ -500,7 +497,7 @@ def surrogate_gap(
     r"""The surrogate gap of GSAM, and the eigenvalue it stands for.
 
     .. math:: h = L(w + \rho\,g / \|g\|_2) - L(w), \quad
-      \lambda_1 \approx \frac{2}{\rho^2} \max_{\|\epsilon\|_2 \le \rho} L(w + \epsilon) - L(w)
+      \lambda_1 \approx \frac{2}{\rho^2} \max_{\|\epsilon\|_2 \le \rho} \{L(w + \epsilon) - L(w)\}
 
     The gap is the one-step sharpness; the eigenvalue takes the maximum, because the step along the
     gradient misses the sharpest direction near a minimum. Neither survives a rescaling of layers.

@@ -58,7 +58,8 @@ class Evaluation(NamedTuple):
     Attributes:
       value: The clean loss. shape=()
       gradients: The pair.
-      perturbed_value: The loss at the perturbed point; NaN if the rule did not visit one. shape=()
+      perturbed_value: The loss at the perturbed point; NaN, where metrics are wanted, if the rule did not
+        visit two points. shape=()
       displacement: Norm of the perturbation that was really applied. shape=()
     """
 
@@ -111,7 +112,7 @@ class Objective:
       sharded_over: The device axis inside which everything runs, averaged over here or not.
       shard: The number of this shard on its device, for rules that draw random numbers. shape=()
       num_shards: How many shards a device has.
-      measure: Whether displacements are wanted (they cost a norm).
+      measure: Whether metrics are wanted: displacements, which cost a norm, and a NaN for what is not known.
     """
 
     value_and_grad: ValueAndGrad = _nowhere
@@ -161,8 +162,9 @@ class Objective:
         """The pair of the whole batch, from a pass of `ascent_at` and one of `at`.
 
         Everything that is not averaged yet is averaged here, in one all-reduce. Without a perturbed
-        pass the clean gradient stands in for the perturbed one, and nothing is sent for it.
-        `statistics` must come from the clean pass alone.
+        pass, or of a rule whose only pass is a perturbed one, one gradient stands for both, and nothing is
+        sent for the other; what the sharpness is, nobody knows then. `statistics` must come from the clean
+        pass alone.
         """
         clean = clean._replace(aux=None)
         perturbed = None if perturbed is None else perturbed._replace(aux=None)
@@ -175,20 +177,12 @@ class Objective:
         result = Evaluation(
             value=clean.value,
             gradients=SAMGradients(clean.gradient, second.gradient, statistics),
-            perturbed_value=second.value,
+            # A product, which keeps the mark of what differs between devices.
+            perturbed_value=second.value * jnp.nan if perturbed is None and self.measure else second.value,
             displacement=second.displacement,
         )
         # Not averaged here: both branches of a rule's `lax.cond` must carry the same mark.
         return result if self.axis_name is not None else varying(result, self.sharded_over)
-
-    def combine_single(self, here: Pass) -> Evaluation:
-        """The pair of a rule that evaluates one gradient only, away from params, by `ascent_at`.
-
-        Value and gradient are that point's. What the sharpness is, nobody knows then.
-        """
-        result = self.combine(here, None)
-        # A product, which keeps the mark of what differs between devices.
-        return result._replace(perturbed_value=result.value * jnp.nan)
 
     def beside(self, evaluation: Evaluation, clean: Pass) -> Evaluation:
         """What a rule's `lax.cond` returned, without the clean half where that can bypass it.

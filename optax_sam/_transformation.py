@@ -75,8 +75,8 @@ def find_state(state: optax.OptState) -> SAMState:
         raise ValueError(msg)
     if len(found) > 1:
         msg = (
-            f"`state` holds the states of {len(found)} sharpness-aware variants, and which one to evaluate "
-            "is not to be told. Use one variant in an optimizer; to perturb some leaves only, give it "
+            f"`state` holds the states of {len(found)} sharpness-aware variants, so it is unclear which one "
+            "to evaluate. Use one variant in an optimizer; to perturb some leaves only, give it "
             "`ascent=optax_sam.ascent.masked(...)`."
         )
         raise ValueError(msg)
@@ -112,8 +112,8 @@ def _check_place(state: Any) -> None:
                 if isinstance(link, tuple) and type(link).__name__.endswith("State"):
                     msg = (
                         "In a chain the variant comes first. Before it stands a transformation (its state is "
-                        f"{type(link).__name__}) that would act on both gradients at once, or on one alone, "
-                        "without a word. Put it after the variant: "
+                        f"{type(link).__name__}) that would silently act on both gradients at once, or on "
+                        "one alone. Put it after the variant: "
                         "`optax.chain(variant, optax.clip_by_global_norm(1.0), base)`."
                     )
                     raise ValueError(msg)
@@ -124,6 +124,11 @@ def _check_place(state: Any) -> None:
 
 def _holds_variant(state: Any) -> bool:
     return bool(optax.tree.get_all_with_path(state, "SAMState"))
+
+
+def at_step(value: Any, step: jax.Array) -> Any:
+    """What a number or schedule is at a step."""
+    return value(step) if callable(value) else value
 
 
 def radius(rho: Any, step: jax.Array, params: Any, current: jax.Array | None = None) -> jax.Array:
@@ -196,7 +201,7 @@ def as_pair(
 
 def perturb_once(ascent: ascents.Ascent | None = None) -> Evaluate:
     """The evaluation rule of most variants: one ascent step, one more gradient."""
-    ascent = ascents.normalized() if ascent is None else ascent
+    ascent = ascents.resolve(ascent)
 
     def evaluate(objective: Objective, params: optax.Params, state: SAMState) -> tuple[Evaluation, Any]:
         clean = objective.ascent_at(params)
@@ -244,6 +249,9 @@ def sharpness_aware(
     Returns:
       The variant, the first link of an `optax.chain`. Its direction comes in the dtypes of params.
       Where an entry of the new memory is not finite, the old one stays.
+
+    Raises:
+      TypeError, ValueError: If `rho` is neither a number >= 0 nor a schedule, or `ascent` no ascent rule.
 
     Examples:
       A variant that takes the mean of both gradients:

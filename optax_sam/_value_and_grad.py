@@ -21,11 +21,13 @@ class SAMMetrics(NamedTuple):
 
     Attributes:
       loss: The clean loss; of a variant that evaluates a single gradient, the loss where it did.
-      perturbed_loss: The loss at the perturbed point; NaN for a variant that does not visit two.
-      sharpness: Their difference, the estimate of sharpness that comes for free.
+      perturbed_loss: The loss at the perturbed point; NaN where only one point was visited: by a variant
+        of a single gradient, and in the steps in which LookSAM reuses its correction.
+      sharpness: Their difference, the estimate of sharpness that comes for free; NaN likewise
+        (`numpy.nanmean` averages what is known).
       clean_norm: Norm of the clean gradient.
       perturbed_norm: Norm of the perturbed gradient.
-      cosine: Cosine of the angle between the two.
+      cosine: Cosine of the angle between the two; 1 where one gradient stands for both.
       perturbation_norm: Norm of the perturbation that was really applied: below rho where rounding to
         the dtype of params swallowed some of it, 0 in a step that was not perturbed. The mean over
         shards where each has its own.

@@ -6,6 +6,7 @@ too. Norms are global over the leaves, computed in float32 or better; the pertur
 float32 or better. A zero gradient gives a zero perturbation.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,6 +39,63 @@ class AscentRule(NamedTuple):
     def __call__(self, gradient: optax.Updates, rho: Any, params: optax.Params) -> optax.Updates:
         """The perturbation of the rule."""
         return self.perturb(gradient, rho, params)
+
+
+def resolve(rule: Ascent | None, name: str = "ascent") -> Ascent:
+    """The rule that an argument stands for, checked before anything is traced.
+
+    Args:
+      rule: What was passed: a rule, or None for `normalized()`.
+      name: The argument's name, for the message.
+
+    Returns:
+      The rule.
+
+    Raises:
+      TypeError: If it cannot be called with a gradient, a radius and params.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_sam
+      >>> perturbation = optax_sam.ascent.resolve(None)(jnp.array([3.0, 4.0]), 0.1, None)
+      >>> print([f"{x:.3f}" for x in perturbation])
+      ['0.060', '0.080']
+    """
+    if rule is None:
+        return normalized()
+    right = (
+        f"`{name}` must be an ascent rule, such as `optax_sam.ascent.normalized()`, or a function of "
+        "(gradient, rho, params), got "
+    )
+    if not callable(rule):
+        msg = f"{right}{rule!r} of type {type(rule).__name__}."
+        raise TypeError(msg)
+    try:
+        signature = inspect.signature(rule)
+    except ValueError:  # Some built-in functions do not tell what they take.
+        return rule
+    try:
+        signature.bind(None, None, None)
+    except TypeError as error:
+        called = getattr(rule, "__name__", repr(rule))
+        msg = (
+            f"{right}`{called}`, which takes ({', '.join(signature.parameters)}). Is it to be called, "
+            f"`{called}(...)`?"
+        )
+        raise TypeError(msg) from error
+    return rule
+
+
+def _other_axes(x: jax.Array, output_axis: int) -> tuple[int, ...]:
+    """The axes of a leaf but for that which counts its outputs; none of a vector or a scalar."""
+    if x.ndim < 2:
+        return ()
+    if not -x.ndim <= output_axis < x.ndim:
+        msg = (
+            f"`output_axis` is {output_axis}, but a leaf has shape {x.shape}. Name an axis that all leaves "
+            "of two or more axes have: -1 in Flax and Haiku, 0 in layouts taken over from PyTorch."
+        )
+        raise ValueError(msg)
+    return tuple(a for a in range(x.ndim) if a != output_axis % x.ndim)
 
 
 def _length(rule: Ascent) -> Callable[[optax.Updates, optax.Params], jax.Array] | None:
@@ -103,7 +161,7 @@ def unnormalized() -> AscentRule:
     .. math:: \epsilon = \rho\, g
 
     Its length follows the gradient's: the radius shrinks on the way to a minimum. Not invariant to a
-    scaling of the loss; a good rho is often ten times smaller than SAM's.
+    scaling of the loss, so that rho has to be tuned anew.
 
     Returns:
       The rule.
@@ -180,6 +238,7 @@ def adaptive(
     """
     _checks.number("eta", eta, low=0.0)
     _checks.choice("granularity", granularity, ("elementwise", "leaf", "filter"))
+    _checks.number("output_axis", output_axis, integer=True)
     inner = normalized(ord, eps)
 
     def size(w: jax.Array) -> jax.Array:
@@ -188,8 +247,7 @@ def adaptive(
         if granularity == "leaf":
             return _tree.norm(w)
         # A vector has one entry a filter, a scalar is a filter of its own.
-        axes = tuple(a for a in range(w.ndim) if w.ndim and a != output_axis % w.ndim)
-        return jnp.sqrt(jnp.sum(jnp.square(w), axis=axes, keepdims=True))
+        return jnp.sqrt(jnp.sum(jnp.square(w), axis=_other_axes(w, output_axis), keepdims=True))
 
     def scales(params: optax.Params) -> optax.Params:
         def scale(w: jax.Array, adapts: Any) -> jax.Array:
@@ -237,7 +295,7 @@ def absolute(rule: Ascent | None = None) -> AscentRule:
       Zhuang et al., `Surrogate Gap Guided Sharpness-Aware Minimization
       <https://arxiv.org/abs/2203.08065>`_, ICLR 2022, algorithm 1.
     """
-    inner = normalized() if rule is None else rule
+    inner = resolve(rule, "rule")
 
     def perturb(gradient: optax.Updates, rho: Any, params: optax.Params) -> optax.Updates:
         return jax.tree.map(lambda w, e: jnp.abs(w) * e, _tree.upcast(params), inner(gradient, rho, params))
@@ -269,7 +327,7 @@ def layerwise(eps: float = 1e-12) -> AscentRule:
 
     References:
       Liu et al., `Towards Efficient and Scalable Sharpness-Aware Minimization
-      <https://arxiv.org/abs/2203.02714>`_, CVPR 2022; the formula after a secondary source.
+      <https://arxiv.org/abs/2203.02714>`_, CVPR 2022; the formula after a summary of it.
     """
     step = normalized(2.0, eps)
 
@@ -305,10 +363,7 @@ def centralize(tree: Any, output_axis: int = -1) -> Any:
     """
 
     def subtract_mean(x: jax.Array) -> jax.Array:
-        if x.ndim < 2:
-            return x
-        axes = tuple(a for a in range(x.ndim) if a != output_axis % x.ndim)
-        return x - jnp.mean(x, axis=axes, keepdims=True)
+        return x - jnp.mean(x, axis=_other_axes(x, output_axis), keepdims=True) if x.ndim > 1 else x
 
     return jax.tree.map(subtract_mean, tree)
 
@@ -339,7 +394,7 @@ def centralized(
     References:
       Hassan et al., `GCSAM <https://arxiv.org/abs/2501.11584>`_, IEEE Access 2025.
     """
-    inner = normalized() if rule is None else rule
+    inner = resolve(rule, "rule")
 
     def perturb(gradient: optax.Updates, rho: Any, params: optax.Params) -> optax.Updates:
         if legacy_norm:
@@ -383,7 +438,7 @@ def masked(mask: Mask, rule: Ascent | None = None, *, norm: str = "selected") ->
       Sharpness-Aware Minimization Stronger <https://arxiv.org/abs/2210.05177>`_, NeurIPS 2022 ("all").
     """
     _checks.choice("norm", norm, ("selected", "all"))
-    inner = normalized() if rule is None else rule
+    inner = resolve(rule, "rule")
 
     def select(tree: Any, params: optax.Params) -> Any:
         return jax.tree.map(lambda x, m: jnp.where(m, x, jnp.zeros_like(x)), tree, _broadcast(mask, params))
@@ -474,7 +529,7 @@ def extrapolated(step_size: float, rule: Ascent | None = None) -> AscentRule:
       Gradient Matching <https://arxiv.org/abs/2303.10353>`_, CVPR 2023.
     """
     _checks.number("step_size", step_size, low=0.0)
-    inner = normalized() if rule is None else rule
+    inner = resolve(rule, "rule")
 
     def perturb(gradient: optax.Updates, rho: Any, params: optax.Params) -> optax.Updates:
         up = inner(gradient, rho, params)

@@ -39,6 +39,7 @@ def rho_from_learning_rate(
       A schedule: a function of the step.
 
     Raises:
+      TypeError: If `learning_rate` is no schedule, or another argument no number.
       ValueError: If an argument is out of its range.
 
     Examples:

@@ -37,6 +37,31 @@ CONSTRUCTORS: list[tuple[Any, type[Exception], str]] = [
         ValueError,
         "`step_mode='pgd'` projects to a ball, .*`step_mode='split'`",
     ),
+    (
+        lambda: optax_sam.looksam(ascent=optax_sam.ascent.normalized),
+        TypeError,
+        r"`ascent` must be an ascent rule, .* got `normalized`, which takes \(ord, eps\)",
+    ),
+    (
+        lambda: optax_sam.gsam(ascent="adaptive"),
+        TypeError,
+        "`ascent` must be an ascent rule, .* got 'adaptive' of type str",
+    ),
+    (
+        lambda: optax_sam.ascent.masked(True, lambda gradient, rho: rho * gradient),
+        TypeError,
+        r"`rule` must be an ascent rule, .* which takes \(gradient, rho\)",
+    ),
+    (
+        lambda: optax_sam.ascent.centralize(jnp.ones((2, 3)), output_axis=2),
+        ValueError,
+        r"`output_axis` is 2, but a leaf has shape \(2, 3\)",
+    ),
+    (
+        lambda: optax_sam.ascent.adaptive(granularity="filter", output_axis=-3)(PARAMS, 0.1, PARAMS),
+        ValueError,
+        "`output_axis` is -3, but a leaf has shape",
+    ),
     (lambda: optax_sam.asam(eta=-1.0), ValueError, "`eta` must be .* got -1.0"),
     (lambda: optax_sam.asam(rho=-1.0), ValueError, "`rho`"),
     (lambda: optax_sam.gcsam(rho=-1.0), ValueError, "`rho`"),

@@ -129,6 +129,7 @@ def test_public_docstrings() -> None:
     for module in (
         optax_sam,
         optax_sam.ascent,
+        optax_sam.landscape,
         optax_sam.linen,
         optax_sam.nnx,
         optax_sam.schedules,
@@ -141,7 +142,8 @@ def test_public_docstrings() -> None:
             for part in ("Args:", "Returns:", "Examples:", "References:"):
                 if part == "Args:" and not inspect.signature(value).parameters:
                     continue
-                if part == "References:" and (module is optax_sam.sharpness or name == "sharpness_aware"):
+                measures = module in (optax_sam.sharpness, optax_sam.landscape)
+                if part == "References:" and (measures or name in ("sharpness_aware", "resolve")):
                     continue
                 assert part in (value.__doc__ or ""), f"{module.__name__}.{name} lacks {part}"
 

@@ -393,6 +393,25 @@ def test_e1_losses(store):
     close(flat(grads.perturbed), (10.9950371902, 1.00995037190))
 
 
+@pytest.mark.parametrize(
+    ("variant", "visits_two"),
+    [
+        (optax_sam.looksam(0.1, k=2), (True, False, True)),
+        (optax_sam.async_sam(0.1, reuse="perturbed"), (False, False, False)),
+    ],
+)
+def test_no_sharpness_where_one_point_was_visited(variant, visits_two, store):
+    """NaN, not zero: zero would pass for flat."""
+    params, state = store(W0), variant.init(store(W0))
+    value_and_grad = optax_sam.sam_value_and_grad(loss, variant, return_metrics=True)
+    for two in visits_two:
+        _, grads, metrics = value_and_grad(params, L1, state=state)
+        _, state = variant.update(grads, state, params)
+        assert jnp.isfinite(metrics.loss)
+        close(metrics.perturbed_loss, 6.55454201756 if two else jnp.nan)
+        close(metrics.sharpness, 1.05454201756 if two else jnp.nan)
+
+
 def test_e6_two_shards(store):
     """One perturbation for the batch, and one for each of its two examples."""
     variant = optax_sam.sam(0.1)

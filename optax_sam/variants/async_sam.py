@@ -28,8 +28,8 @@ def async_sam(
 ) -> SharpnessAwareTransformation:
     r"""SAM that climbs along the gradient of the step before.
 
-    As published, two gradients that do not wait for each other; with the perturbed gradient in place of
-    the clean one a single gradient, at the price of plain training.
+    As published: two gradients that can be computed in parallel. With `reuse="perturbed"`: one, at the
+    cost of plain training.
 
     .. math::
       u_t = \nabla L_t\left(w_t + \rho \frac{m_t}{\|m_t\|_2}\right), \quad
@@ -67,16 +67,16 @@ def async_sam(
 
     References:
       Jo, Lim and Lee, `Asynchronous Sharpness-Aware Minimization <https://arxiv.org/abs/2503.11147>`_,
-      2025, with a delay of one step, after a secondary source; "perturbed" is not theirs.
+      2025, with a delay of one step, after a summary of it; "perturbed" is not theirs.
     """
     _checks.choice("reuse", reuse, ("clean", "perturbed"))
-    rule = ascents.normalized() if ascent is None else ascent
+    rule = ascents.resolve(ascent)
 
     def evaluate(objective: Objective, params: optax.Params, state: SAMState) -> tuple[Evaluation, Any]:
         previous = state.memory.gradient
         if reuse == "perturbed":
             here = objective.ascent_at(params, rule(previous, state.rho, params))
-            return objective.combine_single(here), here.aux
+            return objective.combine(here, None), here.aux
         clean = objective.ascent_at(params)
         # There is no previous step at first: its own gradient stands in.
         along = jax.tree.map(lambda m, c: jnp.where(state.step == 0, c, m), previous, clean.gradient)
@@ -89,7 +89,7 @@ def async_sam(
 
     return sharpness_aware(
         rho,
-        rule,
+        None,
         descent,
         lambda params: AsyncSAMMemory(_tree.zeros_like(params)),
         evaluate=evaluate,

@@ -8,7 +8,13 @@ import optax
 
 from optax_sam import _checks, _tree
 from optax_sam._objective import Evaluation, Objective, SAMGradients
-from optax_sam._transformation import SAMState, SharpnessAwareTransformation, find_state, sharpness_aware
+from optax_sam._transformation import (
+    SAMState,
+    SharpnessAwareTransformation,
+    at_step,
+    find_state,
+    sharpness_aware,
+)
 
 
 class BSAMMemory(NamedTuple):
@@ -144,7 +150,7 @@ def bsam(
         new_precision = jax.tree.map(
             lambda s, c: b2 * s + (1 - b2) * (c + damping + weight_decay), precision, statistics
         )
-        rate: Any = learning_rate(state.step) if callable(learning_rate) else learning_rate
+        rate: Any = at_step(learning_rate, state.step)
         scale = new_precision if update_precision_first else precision
         updates = jax.tree.map(lambda m, s: -rate * m / s, momentum, scale)
         return updates, BSAMMemory(momentum, new_precision)

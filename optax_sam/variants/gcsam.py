@@ -54,7 +54,7 @@ def gcsam(
     References:
       Hassan et al., `GCSAM: Gradient Centralized Sharpness Aware Minimization
       <https://arxiv.org/abs/2501.11584>`_, IEEE Access 2025; that the descent is centralized too is
-      taken from a secondary source.
+      taken from a summary of it.
     """
     axis = -1 if output_axis is None else output_axis
 

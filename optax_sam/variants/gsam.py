@@ -8,7 +8,7 @@ import optax
 from optax_sam import _checks, _tree
 from optax_sam import ascent as ascents
 from optax_sam._objective import SAMGradients
-from optax_sam._transformation import SAMState, SharpnessAwareTransformation, sharpness_aware
+from optax_sam._transformation import SAMState, SharpnessAwareTransformation, at_step, sharpness_aware
 
 
 def gsam(
@@ -64,7 +64,7 @@ def gsam(
 
     def descent(gradients: SAMGradients, state: SAMState, params: optax.Params) -> tuple[optax.Updates, Any]:
         del params
-        weight = alpha(state.step) if callable(alpha) else alpha
+        weight = at_step(alpha, state.step)
         clean, perturbed, _ = gradients
         if objective == "perturbed":
             orthogonal = _tree.reject(clean, perturbed)

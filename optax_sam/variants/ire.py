@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam import _checks, _tree
-from optax_sam._transformation import as_pair, is_pair
+from optax_sam._transformation import as_pair, at_step, is_pair
 
 
 class IREState(NamedTuple):
@@ -54,8 +54,8 @@ def ire(
       gradient whose square stands for the curvature. The paper's is a gradient with labels that the
       model itself draws, which `sampled_label_gradient` makes; it is looked at every `interval`
       steps. Without it the clean gradient that the base optimizer is handed stands in. A gradient
-      that is not finite leaves the choice as it was. No gradient evaluations of its own; one bit per
-      weight as state.
+      that is not finite leaves the choice as it was. No gradient evaluations of its own; one byte per
+      weight, a boolean, as state.
 
     Raises:
       TypeError, ValueError: If an argument is not of its kind or out of its range.
@@ -104,7 +104,7 @@ def ire(
         due = (state.step >= start_step) & ((state.step - start_step) % interval == 0)
         due &= _tree.all_finite(gradient)
         flat = _tree.branch(due, lambda: _flattest(gradient, flat_fraction), lambda: state.flat)
-        factor = kappa(state.step) if callable(kappa) else kappa
+        factor = at_step(kappa, state.step)
 
         def boost(u: jax.Array, n: jax.Array) -> jax.Array:
             return jnp.where(n, (1.0 + factor) * u, u).astype(u.dtype)

@@ -84,7 +84,7 @@ def looksam(
     _checks.number("k", k, low=1, integer=True)
     _checks.number("alpha", alpha, low=0.0)
     _checks.number("eps", eps, low=0.0)
-    rule = ascents.normalized() if ascent is None else ascent
+    rule = ascents.resolve(ascent)
 
     def evaluate(objective: Objective, params: optax.Params, state: SAMState) -> tuple[Evaluation, Any]:
         clean = objective.ascent_at(params)
@@ -138,4 +138,4 @@ def looksam(
     def init_memory(params: optax.Params) -> LookSAMMemory:
         return LookSAMMemory(_tree.zeros_like(params))
 
-    return sharpness_aware(rho, rule, descent, init_memory, evaluate=evaluate, keeps_memory=True)
+    return sharpness_aware(rho, None, descent, init_memory, evaluate=evaluate, keeps_memory=True)

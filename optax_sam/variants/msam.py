@@ -85,7 +85,7 @@ def msam(
     """
     _checks.optimizer("base_optimizer", base_optimizer)
     base = optax.with_extra_args_support(base_optimizer)
-    rule = ascents.normalized() if ascent is None else ascent
+    rule = ascents.resolve(ascent)
 
     def init_memory(params: optax.Params) -> optax.OptState:
         state = base.init(params)
@@ -95,7 +95,7 @@ def msam(
     def evaluate(objective: Objective, params: optax.Params, state: SAMState) -> tuple[Evaluation, Any]:
         perturbation = rule(_momentum(state.memory, params), -state.rho, params)
         here = objective.ascent_at(params, perturbation)
-        return objective.combine_single(here), here.aux
+        return objective.combine(here, None), here.aux
 
     def descent(
         gradients: SAMGradients, state: SAMState, params: optax.Params | None, **extra_args: Any
@@ -104,7 +104,7 @@ def msam(
         gradient = _tree.cast_like(gradients.perturbed, gradients.perturbed if params is None else params)
         return base.update(gradient, state.memory, params, **extra_args)
 
-    return sharpness_aware(rho, rule, descent, init_memory, evaluate=evaluate)
+    return sharpness_aware(rho, None, descent, init_memory, evaluate=evaluate)
 
 
 class ShiftedMSAMState(NamedTuple):

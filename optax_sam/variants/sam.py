@@ -64,8 +64,8 @@ def sam(
     """
     _checks.number("steps", steps, low=1, integer=True)
     _checks.choice("step_mode", step_mode, ("pgd", "split", "free"))
-    rule = ascents.normalized() if ascent is None else ascent
-    return sharpness_aware(rho, rule, evaluate=_climb(rule, steps, step_mode), ascent_only=True)
+    rule = ascents.resolve(ascent)
+    return sharpness_aware(rho, evaluate=_climb(rule, steps, step_mode), ascent_only=True)
 
 
 def _climb(ascent: ascents.Ascent, steps: Any, mode: str) -> Evaluate:

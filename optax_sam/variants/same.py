@@ -10,7 +10,7 @@ import optax
 from optax_sam import _checks
 from optax_sam import ascent as ascents
 from optax_sam._objective import SAMGradients
-from optax_sam._transformation import SAMState, SharpnessAwareTransformation, sharpness_aware
+from optax_sam._transformation import SAMState, SharpnessAwareTransformation, at_step, sharpness_aware
 
 
 class RatioClasses(NamedTuple):
@@ -94,7 +94,7 @@ def same(
 
     def descent(gradients: SAMGradients, state: SAMState, params: optax.Params) -> tuple[optax.Updates, Any]:
         del params
-        gain, clean_gain = ([g(state.step) if callable(g) else g for g in each] for each in both)
+        gain, clean_gain = ([at_step(g, state.step) for g in each] for each in both)
 
         def pick(classes: RatioClasses, values: Sequence[Any], neutral: float) -> jax.Array:
             picked = jnp.asarray(neutral)

@@ -8,7 +8,7 @@ import optax
 from optax_sam import _checks, _tree
 from optax_sam import ascent as ascents
 from optax_sam._objective import SAMGradients
-from optax_sam._transformation import SAMState, SharpnessAwareTransformation, sharpness_aware
+from optax_sam._transformation import SAMState, SharpnessAwareTransformation, at_step, sharpness_aware
 
 
 def _weight(gamma: Any, alpha: Any) -> optax.ScalarOrSchedule:
@@ -74,7 +74,7 @@ def wsam(
 
     def descent(gradients: SAMGradients, state: SAMState, params: optax.Params) -> tuple[optax.Updates, Any]:
         del params
-        factor = weight(state.step) if callable(weight) else weight
+        factor = at_step(weight, state.step)
         clean, perturbed, _ = gradients
         return jax.tree.map(lambda c, p: c + factor * (p - c), clean, perturbed), state.memory
 
@@ -146,8 +146,8 @@ def decoupled_wsam(
         # The base optimizer gets the gradient in the dtypes in which its state was made.
         clean = _tree.cast_like(gradients.clean, gradients.clean if params is None else params)
         updates, memory = base.update(clean, state.memory, params, **extra_args)
-        rate: Any = learning_rate(state.step) if callable(learning_rate) else learning_rate
-        factor: Any = rate * (weight(state.step) if callable(weight) else weight)
+        rate: Any = at_step(learning_rate, state.step)
+        factor: Any = rate * at_step(weight, state.step)
         clean, perturbed, _ = gradients
         return jax.tree.map(lambda u, c, p: u - factor * (p - c), updates, clean, perturbed), memory
 
