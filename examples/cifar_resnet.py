@@ -38,6 +38,8 @@ SETTINGS = (
     *("arms", "rho", "rho_schedule", "perturbation", "learning_rate", "weight_decay", "mixup"),
     *("label_smoothing", "ema_decay"),
 )
+# What a run consists of.
+FILES = ("settings.json", *(f"{arm}-seed[0-9]*" for arm in ("sgd", *VARIANTS)), "cifar_resnet.*")
 
 
 # The network.
@@ -336,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with training.complaints(parser):
         source = image_data.cifar(options.data, options.dataset, options.train_size, options.image_size)
         trainers = [Trainer(name, options, source) for name in options.arms]
-    multi_host.prepare(options, SETTINGS)
+    multi_host.prepare(options, SETTINGS, FILES)
     print(f"Data: {source.name}.")
     blocks, device = "-".join(map(str, options.blocks)), jax.devices()[0].device_kind
     print(
@@ -404,7 +406,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--label-smoothing", type=number(float, 0, 1), default=0.1, help="default: %(default)s")
     add("--ema-decay", type=number(float, 0, 1), default=0.999, help="default: %(default)s")
     add("--save-every", type=number(int, 1), default=1, help="epochs from checkpoint to checkpoint")
-    add("--fresh", action="store_true", help="deletes the output folder, and starts anew")
+    add(
+        "--fresh",
+        action="store_true",
+        help="start anew instead of continuing: first deletes the run in --output, and nothing else in there",
+    )
     training.run_options(parser, "results/cifar_resnet")
     return parser
 

@@ -26,6 +26,7 @@ from typing import Any
 
 TOLERANCE = 1e-6
 SETTINGS = ("steps", "batch_size", "seed", "rho", "learning_rate", "num_shards")
+FILES = ("settings.json", "checkpoints", "params.npz", "result.json")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -46,7 +47,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--num-shards", type=int, help="a perturbation for each of so many shards; without it one for all")
     add("--save-every", type=int, default=10, help="steps between checkpoints (default 10)")
     add("--output", type=Path, default=Path("results/multi_host"), help="directory of checkpoints and result")
-    add("--fresh", action="store_true", help="start anew instead of continuing (not on a cluster)")
+    add(
+        "--fresh",
+        action="store_true",
+        help="start anew instead of continuing: first deletes the run in --output, that is "
+        f"{', '.join(FILES)}, and nothing else in there (not on a cluster)",
+    )
     add("--check", action="store_true", help=f"compare with one process, to {TOLERANCE:g} (not on a cluster)")
     add("--timeout", type=float, default=60.0, help="seconds without a step that end the run (default 60)")
     add("--start-timeout", type=float, default=180.0, help="the same until the first step (default 180)")
@@ -324,16 +330,36 @@ def compare(output: Path, other: Path) -> float:
         return max(float(np.max(np.abs(a[name] - b[name]))) for name in a.files)
 
 
-def prepare(options: argparse.Namespace, names: Sequence[str] = SETTINGS) -> None:
-    """Makes the directory ready, and refuses one that holds another run."""
-    if options.fresh and options.output.exists():
-        shutil.rmtree(options.output)
-    options.output.mkdir(parents=True, exist_ok=True)
+def prepare(
+    options: argparse.Namespace, names: Sequence[str] = SETTINGS, files: Sequence[str] = FILES
+) -> None:
+    """Makes the directory ready, and refuses one that holds another run; `--fresh` deletes that run first.
+
+    Args:
+      options: With `output` and `fresh`.
+      names: The options that must not change when a run continues. They are kept in `settings.json`.
+      files: Patterns of what a run consists of. Whatever else lies there, `--fresh` leaves alone.
+    """
+    folder, path = options.output, options.output / "settings.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        found = json.loads(path.read_text()) if path.exists() else None
+    except ValueError:
+        found = "unreadable"
+    # Other programs keep a settings.json too: one of this program has the names of its options.
+    own = isinstance(found, dict) and set(found) == set(names)
+    if options.fresh and not own and any(folder.iterdir()):
+        sys.exit(f"{folder} holds no run of this program; nothing was deleted. Give another --output.")
+    if options.fresh:
+        for entry in [entry for pattern in files for entry in folder.glob(pattern)]:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    elif found is not None and not own:
+        sys.exit(f"{path} is not of this program. Give another --output.")
+
     settings = {name: getattr(options, name) for name in names}
-    path = options.output / "settings.json"
-    if path.exists() and (found := json.loads(path.read_text())) != settings:
-        changed = ", ".join(f"{k} {found.get(k)} -> {v}" for k, v in settings.items() if found.get(k) != v)
-        sys.exit(f"{options.output} holds a run with other settings ({changed}). Add --fresh to start anew.")
+    if own and not options.fresh and found != settings:
+        changed = ", ".join(f"{k} {found[k]} -> {v}" for k, v in settings.items() if found[k] != v)
+        sys.exit(f"{folder} holds a run with other settings ({changed}). Add --fresh to start anew.")
     path.write_text(json.dumps(settings) + "\n")
 
 

@@ -1,5 +1,7 @@
 """Several processes: one run that hangs, dies and is continued ends where one process ends undisturbed."""
 
+import argparse
+import functools
 import os
 import signal
 import subprocess
@@ -7,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import cifar_resnet
 import multi_host
 import numpy as np
 import pytest
@@ -83,6 +86,41 @@ def test_another_run_in_the_same_directory_is_refused(tmp_path):
     with pytest.raises(SystemExit, match=r"other settings \(rho 0.05 -> 0.1\)\. Add --fresh"):
         multi_host.prepare(multi_host.parse(["--output", str(tmp_path), "--rho", "0.1"]))
     multi_host.prepare(multi_host.parse(["--output", str(tmp_path), "--rho", "0.1", "--fresh"]))
+
+
+@pytest.mark.parametrize("program", [multi_host, cifar_resnet])
+def test_fresh_deletes_a_run_and_nothing_else(program, tmp_path):
+    options = argparse.Namespace(**dict.fromkeys(program.SETTINGS, 1), output=tmp_path, fresh=True)
+    prepare = functools.partial(multi_host.prepare, options, program.SETTINGS, program.FILES)
+    prepare()  # Into an empty folder.
+    run = {
+        multi_host: ["checkpoints/3/arrays", "params.npz", "result.json"],
+        cifar_resnet: ["sgd-seed100/metrics.jsonl", "sam-seed100/checkpoints/1/state", "cifar_resnet.png"],
+    }[program]
+    thesis = tmp_path / "thesis.txt"
+    for path in (*(tmp_path / name for name in run), thesis):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("text")
+    prepare()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["settings.json", "thesis.txt"]
+
+
+@pytest.mark.parametrize("settings", [None, '{"editor.fontSize": 12}', "[1]", "{"])
+@pytest.mark.parametrize("program", [multi_host, cifar_resnet])
+def test_a_folder_without_a_run_is_left_alone(program, settings, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "params.npz").write_text("of another program")
+    if settings is not None:
+        (tmp_path / "settings.json").write_text(settings)
+    before = {path: path.is_file() and path.read_text() for path in tmp_path.iterdir()}
+    options = argparse.Namespace(**dict.fromkeys(program.SETTINGS, 1), output=tmp_path, fresh=True)
+    with pytest.raises(SystemExit, match=r"holds no run of this program; nothing was deleted\."):
+        multi_host.prepare(options, program.SETTINGS, program.FILES)
+    if settings is not None:
+        options.fresh = False
+        with pytest.raises(SystemExit, match=r"settings\.json is not of this program\."):
+            multi_host.prepare(options, program.SETTINGS, program.FILES)
+    assert {path: path.is_file() and path.read_text() for path in tmp_path.iterdir()} == before
 
 
 def test_a_difference_is_told(tmp_path):
