@@ -110,6 +110,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     shared_options(parser, output="results/digits", seeds=5)
     options = reporting.finish(parser, argv)
+    if not RECIPES[options.variant].suits(options.base_optimizer):
+        others = ", ".join(base for base in BASES if RECIPES[options.variant].suits(base))
+        parser.error(
+            f"argument --base-optimizer: {options.variant} needs a base optimizer with momentum, got "
+            f"{options.base_optimizer!r}; choose from {others}"
+        )
     if options.rho is None:
         options.rho = default_rho(options.variant, options.model)
     elif RECIPES[options.variant].rho is None:

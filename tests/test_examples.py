@@ -83,6 +83,15 @@ def test_comparison(tmp_path, capsys, monkeypatch):
     )
 
 
+def test_comparison_leaves_out_what_needs_momentum(tmp_path, capsys, monkeypatch):
+    some = {name: digits_recipes.RECIPES[name] for name in ("sam", "msam")}
+    monkeypatch.setattr(compare_variants, "RECIPES", some)
+    options = ["--epochs", "1", "--seeds", "1", "--batch-size", "500", "--base-optimizer", "sgd"]
+    report = compare_variants.main([*options, "--output", str(tmp_path)])
+    assert list(report["arms"]) == ["sgd", "sam, rho 0.7", "momentum, tuned L2 0.02"]
+    assert "Left out: msam, which needs a base optimizer with momentum.\n" in capsys.readouterr().out
+
+
 def test_every_variant_of_the_package_has_a_recipe():
     assert {row.constructor.__name__ for row in table.ROWS} | {"ire"} <= set(digits_recipes.RECIPES)
 
@@ -227,6 +236,11 @@ def test_cnn_learns_with_the_radius_meant_for_it(tmp_path):
         (["--rho", "nan"], "argument --rho: must be a number >= 0, got 'nan'"),
         (["--rho", "inf"], "argument --rho: must be a number >= 0, got 'inf'"),
         (["--variant", "ire", "--rho", "0.1"], "argument --rho: ire has no radius"),
+        (
+            ["--variant", "msam", "--base-optimizer", "sgd"],
+            "argument --base-optimizer: msam needs a base optimizer with momentum, got 'sgd'; choose from "
+            "momentum, nesterov, adam, adamw",
+        ),
         (["--learning-rate", "0"], "argument --learning-rate: must be a number > 0, got '0'"),
         (["--weight-decay", "x"], "argument --weight-decay: must be a number >= 0, got 'x'"),
         (["--label-noise", "1.4"], "argument --label-noise: must be a number from 0 to 1, got '1.4'"),
