@@ -16,6 +16,7 @@ import finetune
 import jax
 import jax.numpy as jnp
 import label_noise
+import landscape
 import numpy as np
 import optax
 import pytest
@@ -80,6 +81,24 @@ def test_help_and_bad_options(program, capsys):
     printed = capsys.readouterr()
     assert all(option in printed.out for option in ("--seeds", "--output", "--quick"))
     assert "argument --seeds: must be an integer >= 1, got '0'" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rho", "0"], "argument --rho: must be a number > 0, got '0'"),
+        (["--size", "1"], "argument --size: must be an integer >= 2, got 1"),
+        (["--output", "/dev/null/x"], "argument --output: cannot make the folder '/dev/null/x'"),
+        (["--figure", "nosuch/p.png"], "argument --figure: there is no folder 'nosuch'"),
+        (["--figure", str(ROOT)], "argument --figure: must be a file, and "),
+        (["--figure", "p.txt"], "argument --figure: must end in .png, .pdf or another kind of picture, got"),
+    ],
+)
+def test_the_landscape_checks_its_options_before_it_trains(options, message, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        landscape.main(["--output", str(tmp_path), *options])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_comparisons_are_paired():

@@ -136,6 +136,13 @@ def test_a_difference_is_told(tmp_path):
         (["--process-id", "0"], "--process-id needs --coordinator"),
         (["--cluster", "--check"], "--check needs all processes on this machine"),
         (["--batch-size", "33"], "--batch-size 33 must be a multiple of 2 processes"),
+        (["--cluster", "--fresh"], "--fresh needs all processes on this machine"),
+        (["--num-shards", "3"], "--batch-size 64 must be a multiple of 3 shards"),
+        (["--coordinator", "here:1", "--process-id", "2"], "--process-id must be from 0 to 1, got 2"),
+        (["--num-processes", "0"], "argument --num-processes: must be an integer >= 1, got '0'"),
+        (["--rho", "-1"], "argument --rho: must be a number >= 0, got '-1'"),
+        (["--timeout", "0"], "argument --timeout: must be a number > 0, got '0'"),
+        (["--output", "/dev/null/x"], "argument --output: cannot make the folder '/dev/null/x'"),
     ],
 )
 def test_wrong_arguments(arguments, words, capsys):
