@@ -146,17 +146,24 @@ def cost(names: Sequence[str], network: str, size: str, rounds: int) -> dict[str
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measures, prints the table, draws the figure and returns the numbers."""
     parser = timing.parser(__doc__, "results/cheap_sam")
-    parser.add_argument("--seeds", type=int, default=10, help="default: %(default)s")
-    parser.add_argument("--epochs", type=int, default=100, help="default: %(default)s")
+    parser.add_argument("--seeds", type=timing.count(), default=10, help="default: %(default)s")
+    parser.add_argument("--epochs", type=timing.count(), default=100, help="default: %(default)s")
     parser.add_argument("--network", choices=networks.SIZES, default="mlp", help="default: %(default)s")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        metavar="METHOD",
+        help=timing.some_of(METHODS),
+    )
     parser.add_argument("--tune", action="store_true", help="try radii on other seeds, and stop")
     options = timing.parse(parser, argv)
     if options.tune:
         tune(*((1, 2) if options.quick else (5, options.epochs)), options.methods)
         return {}
     if "sam" not in options.methods:
-        parser.error("argument --methods: 'sam' must be among them, what the others are compared with")
+        parser.error("argument --methods: must hold sam, with which the others are compared")
     size, rounds = "heavy", 15
     if options.quick:
         options.seeds, options.epochs, size, rounds = 1, 2, "quick", 2
