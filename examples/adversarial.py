@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of this program."""
     parser = argparse.ArgumentParser(
-        description="Attacks networks that were trained on clean digits, by SGD, by SAM, and by SGD with L2."
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--eps",

@@ -28,7 +28,7 @@ CAVEAT = (
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Trains everything, reports and returns the numbers of the report."""
     parser = argparse.ArgumentParser(
-        description="Compares all variants of sharpness-aware minimization on digits with wrong labels."
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     shared_options(parser, output="results/digits", seeds=3)
     options = reporting.finish(parser, argv)

@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of this program."""
     parser = argparse.ArgumentParser(
-        description="Federated learning on digits, with SGD and with SAM on the clients."
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     positive = reporting.number(float, 0, above=True)
     parser.add_argument(

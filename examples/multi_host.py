@@ -49,7 +49,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--learning-rate", type=positive, default=0.1, help="of SGD with momentum (default 0.1)")
     add("--num-shards", type=count, help="a perturbation for each of so many shards; without it one for all")
     add("--save-every", type=count, default=10, help="steps between checkpoints (default 10)")
-    add("--output", type=Path, default=Path("results/multi_host"), help="directory of checkpoints and result")
+    output = Path("results/multi_host")
+    add("--output", type=Path, default=output, help=f"folder of checkpoints and result (default {output})")
     add(
         "--fresh",
         action="store_true",

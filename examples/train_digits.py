@@ -97,7 +97,7 @@ def shared_options(parser: argparse.ArgumentParser, output: str, seeds: int) -> 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of this program."""
     parser = argparse.ArgumentParser(
-        description="Trains on digits with wrong labels, without and with sharpness-aware minimization."
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     radii = ", ".join(f"{name} {recipe.rho:g}" for name, recipe in RECIPES.items() if recipe.rho is not None)
     parser.add_argument(

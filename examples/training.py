@@ -25,12 +25,31 @@ Curves = dict[str, dict[str, np.ndarray]]
 # Options.
 
 
-def run_options(parser: argparse.ArgumentParser, output: str) -> None:
-    """The options of every program that compares runs; `fill` knows what stands in for those left out."""
+Forms = Mapping[str, Mapping[str, Any]]
+"""What stands in for options left out, by the condition under which it does; the first needs none."""
+
+
+def defaults(name: str, forms: Forms) -> str:
+    """For the help of an option: what stands in for it."""
+
+    def shown(form: Mapping[str, Any]) -> str:
+        value = form.get(name, "all")
+        return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    values = {when: shown(form) for when, form in forms.items()}
+    usual, *_ = values.values()
+    return f"default: {usual}" + "".join(f", {when}: {x}" for when, x in values.items() if x != usual)
+
+
+def run_options(parser: argparse.ArgumentParser, output: str, forms: Forms) -> None:
+    """The options of every program that compares runs; `fill` puts in what stands in for those left out."""
     add = parser.add_argument
-    add("--epochs", type=number(int, 1), help="how often to go through the training set")
-    add("--batch-size", type=number(int, 1), help="examples in a step")
-    add("--seeds", type=number(int, 1), help="how many paired runs")
+    for name, what in (
+        ("epochs", "how often to go through the training set"),
+        ("batch_size", "examples in a step"),
+        ("seeds", "how many paired runs"),
+    ):
+        add(f"--{name.replace('_', '-')}", type=number(int, 1), help=f"{what} ({defaults(name, forms)})")
     add("--first-seed", type=number(int, 0), default=100, help="default: %(default)s")
     add("--output", type=Path, default=Path(output), help="folder for all results (default: %(default)s)")
     add("--quick", action="store_true", help="a very short form, to see that everything runs")
@@ -46,10 +65,10 @@ def complaints(parser: argparse.ArgumentParser) -> Iterator[None]:
 
 
 def fill(
-    parser: argparse.ArgumentParser, options: argparse.Namespace, defaults: Mapping[str, Any]
+    parser: argparse.ArgumentParser, options: argparse.Namespace, form: Mapping[str, Any]
 ) -> argparse.Namespace:
     """Fills in what the user left open, and makes the output folder before anything is trained."""
-    for name, value in defaults.items():
+    for name, value in form.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     make_folder(parser, options)

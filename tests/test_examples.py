@@ -268,6 +268,7 @@ def test_help_names_every_option(program, capsys):
         assert f"--{option} " in printed
     for option in ("--batch-size", "--model", "--output", "--quick"):
         assert option in printed
+    assert program.__doc__.strip() in printed
 
 
 def _report(gains, tuned=80.0):

@@ -80,6 +80,7 @@ def test_help_and_bad_options(program, capsys):
         assert stopped.value.code == code
     printed = capsys.readouterr()
     assert all(option in printed.out for option in ("--seeds", "--output", "--quick"))
+    assert program.__doc__.strip() in printed.out
     assert "argument --seeds: must be an integer >= 1, got '0'" in printed.err
 
 

@@ -550,6 +550,17 @@ def test_help_names_the_options(program, capsys):
     printed = capsys.readouterr().out
     for option in ("--epochs", "--seeds", "--output", "--quick", "--rho", "--learning-rate"):
         assert f"{option} " in printed
+    printed = " ".join(printed.split())
+    forms = PROGRAMS[program].FORMS
+    assert f"the training set (default: {forms['']['epochs']}, " in printed
+    assert "with --quick: 2)" in printed
+    assert "paired runs (default: 3, with --quick: 2)" in printed
+
+
+def test_help_tells_defaults_that_differ():
+    forms = {"": {"a": 1, "b": [2, 2]}, "with x": {"a": 1, "b": [2, 2]}, "with y": {"a": 3}}
+    assert training.defaults("a", forms) == "default: 1, with y: 3"
+    assert training.defaults("b", forms) == "default: 2 2, with y: all"
 
 
 @pytest.mark.parametrize(
