@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import by_hand
 import networks
+import reporting
 import timing
 from digits import NUM_TRAIN, Arm, train
 from digits_recipes import Setting, base_arm
@@ -184,7 +185,7 @@ def summarize(curves: Any, small: Any, large: Any) -> dict[str, Any]:
         report[name] = {
             "gradients": METHODS[name].gradients if name in METHODS else 1.0,
             "rho": METHODS[name].rho if name in METHODS else None,
-            "final": (float(final[name].mean()), float(final[name].std())),
+            "final": reporting.spread(final[name]),
             "worst": float((final[name] - final["sgd"]).min()),
             # Of the mean gains: a seed on which SAM gains little would rule a mean of ratios.
             "share": float((final[name] - final["sgd"]).mean() / (gain.mean() or np.nan)),
@@ -224,7 +225,7 @@ def table(report: dict[str, Any]) -> str:
                 name,
                 "" if is_base else f"{row['rho']:g}",
                 f"{row['gradients']:g}",
-                f"{row['final'][0]:.1f} ± {row['final'][1]:.1f}",
+                reporting.show(row["final"]),
                 "" if is_base else f"{row['worst']:+.1f}",
                 "" if is_base else f"{100 * row['share']:.0f}",
                 "" if is_base else f"{shares.low:.0f}-{shares.high:.0f}",

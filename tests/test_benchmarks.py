@@ -1,6 +1,7 @@
 """The benchmarks run in their shortest form and count what they say; how long things take is not tested."""
 
 import math
+import types
 from pathlib import Path
 
 import by_hand
@@ -89,6 +90,16 @@ def test_help_lists_the_names(program, names, capsys):
     with pytest.raises(SystemExit):
         program.main(["--help"])
     assert names in " ".join(capsys.readouterr().out.split())
+
+
+def test_cheap_sam_shows_the_deviation_of_a_sample():
+    names = {"sgd": [0.70, 0.72, 0.74], "sam": [0.90, 0.91, 0.95]}
+    curves = {name: types.SimpleNamespace(test=np.array(final)[:, None]) for name, final in names.items()}
+    times = dict.fromkeys(names, timing.spread([1.0]))
+    report = cheap_sam.summarize(curves, times, times)
+    assert report["sgd"]["final"]["sd"] == pytest.approx(2.0)
+    assert " 72.0 ± 2.0 |" in cheap_sam.table(report)
+    assert " 92.0 ± 2.6 |" in cheap_sam.table(report)
 
 
 def test_growth_between_equal_sizes_is_not_a_number():
