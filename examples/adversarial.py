@@ -169,10 +169,10 @@ def meaning(rows: dict[str, Any], base: str) -> str:
             continue
         attacked = [row for setting, row in rows.items() if setting != "clean"]
         mean, plain = (np.mean([row[arm]["values"] for row in attacked], axis=0) for arm in (name, base))
-        what = "accuracy on attacked images, the mean over all attacks"
+        unit = "points of accuracy on attacked images (mean over all attacks)"
         sentences.append(
-            f"{name} {reporting.verdict(reporting.gain_over(mean, plain), base, what)}; "
-            f"{rows['clean'][name]['gain']['mean']:+.1f} on clean ones."
+            f"{reporting.verdict(name, base, reporting.gain_over(mean, plain), unit)}; "
+            f"{rows['clean'][name]['gain']['mean']:+.1f} on clean images."
         )
     return "\n".join(sentences)
 

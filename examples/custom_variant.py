@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     def meaning(report: dict[str, Any]) -> str:
         finals = [report["arms"][arm.name]["final"]["values"] for arm in (own, sam)]
-        return f"{own.name} {verdict(gain_over(*finals), sam.name)}."
+        return f"{verdict(own.name, sam.name, gain_over(*finals))}."
 
     return train_and_report([base_arm(setting), own, sam], options, "custom_variant", meaning)
 

@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         }
     report = {"digits_of_a_client": digits_of_a_client, "rows": reporting.compare(rows)}
     report["meaning"] = "\n".join(
-        f"{setting}: FedSAM {reporting.verdict(row['FedSAM']['gain'], 'FedAvg', 'accuracy')}."
+        f"{setting}: {reporting.verdict('FedSAM', 'FedAvg', row['FedSAM']['gain'], 'points of accuracy')}."
         for setting, row in report["rows"].items()
     )
     print(reporting.comparison_table(report["rows"], "test accuracy, %"), report["meaning"], sep="\n\n")

@@ -125,7 +125,7 @@ def meaning(report: dict[str, Any], first: str, tuned: str) -> str:
             if name != report["base"] and row["gain_final"]["wins"] < len(gain["values"])
         ]
         sentences.append(
-            f"{noise} wrong: {first} {reporting.verdict(gain, report['base'])}; "
+            f"{noise} wrong: {reporting.verdict(first, report['base'], gain)}; "
             f"{to_tuned:+.1f} against {tuned}. "
             f"Not better than {report['base']} on every seed: {'; '.join(useless) or 'none'}."
         )

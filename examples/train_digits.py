@@ -195,7 +195,7 @@ def meaning(report: dict[str, Any], variant: str, tuned: str) -> str:
     to_tuned = rows[variant]["final"]["mean"] - rows[tuned]["final"]["mean"]
     side = "better" if to_tuned > 0 else "worse"
     return (
-        f"With the recipe otherwise unchanged, {variant} {reporting.verdict(gain, base)}, at "
+        f"With the recipe otherwise unchanged, {reporting.verdict(variant, base, gain)}, at "
         f"{rows[variant]['cost_ratio']:.1f} times the time. "
         f"It is {abs(to_tuned):.1f} points {side} than {tuned} (no SAM; tuned to 40 % noise)."
     )

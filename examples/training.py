@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import reporting
 from matplotlib.figure import Figure
-from reporting import BLUE, GREY, RED, align, make_folder, number, show, spread, style
+from reporting import BLUE, GREY, RED, align, gain_over, make_folder, number, show, spread, style
 from tqdm import tqdm
 
 COLOURS = (GREY, RED, BLUE, "#2e8b57", "#b8860b", "#6a3d9a")
@@ -208,12 +208,10 @@ def summarize(
 
     rows = {}
     for name, curve in curves.items():
-        gain = pick(name, columns[0]) - pick(base, columns[0])
-        better = gain < 0 if lower_is_better else gain > 0
-        worse = gain > 0 if lower_is_better else gain < 0
+        gain = gain_over(pick(name, columns[0]), pick(base, columns[0]), lower_is_better=lower_is_better)
         rows[name] = {
             **{column.title: spread(pick(name, column)) for column in columns},
-            "gain": {**spread(gain), "better": int(better.sum()), "worse": int(worse.sum())},
+            "gain": gain,
             # The arms take turns: the median does not mind compiling, or what else the machine does.
             "time_ratio": float(np.median(curve["seconds"] / curves[base]["seconds"])),
         }
@@ -225,7 +223,7 @@ def table(report: dict[str, Any], form: str = ".1f") -> str:
     lines = [("", *report["columns"], "paired difference", "better on", "time ratio")]
     for name, row in report["arms"].items():
         gain = row["gain"]
-        pair = (show(gain, f"+{form}"), f"{gain['better']} of {len(gain['values'])}")
+        pair = (show(gain, f"+{form}"), f"{gain['wins']} of {len(gain['values'])}")
         lines.append(
             (
                 name,
@@ -238,24 +236,12 @@ def table(report: dict[str, Any], form: str = ".1f") -> str:
 
 
 def verdict(report: dict[str, Any], unit: str, form: str = ".1f") -> str:
-    """A line for each arm on what the table says, whichever way it came out; one or two seeds say nothing."""
+    """A line for each arm on what the table says, whichever way it came out."""
     base, lines = report["base"], []
     for name, row in report["arms"].items():
-        if name == base:
-            continue
-        gain = row["gain"]
-        seeds = len(gain["values"])
-        says = (
-            "does better than"
-            if gain["better"] == seeds > 2
-            else "does worse than"
-            if gain["worse"] == seeds > 2
-            else "is not clearly different from"
-        )
-        lines.append(
-            f"{name} {says} {base}: {show(gain, f'+{form}')} {unit}, better on {gain['better']} and worse on "
-            f"{gain['worse']} of {seeds} seeds, at {row['time_ratio']:.1f} times the time."
-        )
+        if name != base:
+            says = reporting.verdict(name, base, row["gain"], unit, form)
+            lines.append(f"{says}, at {row['time_ratio']:.1f} times the time.")
     return "\n".join(lines)
 
 

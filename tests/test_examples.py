@@ -289,11 +289,19 @@ def _report(gains, tuned=80.0):
     [
         (
             [12.0, 14.0],
-            "sam helps: +13.0 points of final accuracy over momentum (2 of 2 seeds, the worst +12.0)",
+            "sam does better than momentum: +13.0 ± 1.4 points of final accuracy, "
+            "better on 2 and worse on 0 of 2 seeds, at ",
         ),
-        ([4.0, -2.0], "sam helps on average only: +1.0 points"),
-        ([-4.0, -2.0], "sam does not help: -3.0 points of final accuracy against momentum (better on 0 of 2"),
-        ([0.0, 0.0], "sam does not help: +0.0 points"),
+        (
+            [4.0, -2.0],
+            "sam is not clearly different from momentum: +1.0 ± 4.2 points of final accuracy, better",
+        ),
+        (
+            [-4.0, -2.0],
+            "sam does worse than momentum: -3.0 ± 1.4 points of final accuracy, better on 0 and worse",
+        ),
+        ([0.0, 0.0], "sam is not clearly different from momentum: +0.0 ± 0.0 points"),
+        ([12.0], "sam cannot be told from momentum by one seed: +12.0 points of final accuracy, at "),
     ],
 )
 def test_the_sentence_says_what_came_out(gains, words):

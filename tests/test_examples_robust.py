@@ -36,7 +36,11 @@ ROOT = Path(__file__).parent.parent
         ),
         (
             "finetune",
-            ["all, momentum, 5", "head, momentum, 5", "SAM better by more than two standard errors: "],
+            [
+                "all, momentum, 5",
+                "head, momentum, 5",
+                "SAM better on every seed, and by more than two standard errors: ",
+            ],
         ),
         ("adversarial", ["clean", "FGSM, eps 0.05", "PGD, eps 0.05"]),
         ("federated", ["alpha 0.05, last round", "alpha 100, last round"]),
@@ -111,6 +115,40 @@ def test_comparisons_are_paired():
     assert reporting.standard_errors(gain) == pytest.approx(0.25 / 0.75)
     assert "+0.2 ± 1.1" in reporting.comparison_table(report, "accuracy")
     assert "1 of 2" in reporting.comparison_table(report, "accuracy")
+
+
+@pytest.mark.parametrize(
+    ("gains", "word"),
+    [
+        ([1.0, 2.0, 3.0], "better"),
+        ([1.0, 1.0], "better"),  # Without any deviation it is infinitely many standard errors.
+        ([0.1, 0.2, 3.0], "unclear"),  # Better on every seed, but by 1.2 standard errors only.
+        ([5.0, 5.1, 4.9, 5.0, -0.1], "unclear"),  # By 3.9 standard errors, but not on every seed.
+        ([1.0, 1.0, 0.0], "unclear"),
+        ([0.0, 0.0], "unclear"),
+        ([50.0], "unclear"),  # One seed cannot tell.
+    ],
+)
+@pytest.mark.parametrize("lower_is_better", [False, True])
+def test_the_rule_of_what_helps(gains, word, lower_is_better):
+    for sign in (1, -1):
+        gain = reporting.gain_over(
+            sign * np.array(gains), np.zeros(len(gains)), lower_is_better=lower_is_better
+        )
+        better = (sign > 0) != lower_is_better
+        opposite = {"better": "worse", "unclear": "unclear"}
+        assert reporting.judge(gain) == (word if better else opposite[word])
+        assert gain["worst"] == (sign * min(gains) if better else sign * max(gains))
+
+
+def test_finetune_groups_by_the_rule():
+    gains = {"a": [1.0, 2.0, 3.0], "b": [-1.0, -2.0, -3.0], "c": [5.0, 5.0, -0.1]}
+    rows = {name: {"with SAM": {"gain": reporting.gain_over(v, np.zeros(3))}} for name, v in gains.items()}
+    assert finetune.meaning(rows) == (
+        "SAM better on every seed, and by more than two standard errors: a (+2.0).\n"
+        "Worse on every seed, and by more than two: b (-2.0).\n"
+        "Not clearly different: c (+3.3)."
+    )
 
 
 # Wrong labels.
