@@ -184,12 +184,8 @@ def figure(rows: dict[str, Any], radii: Sequence[float]) -> Figure:
     for axes, attack in zip(picture.subplots(1, 2, sharey=True), ("FGSM", "PGD"), strict=True):
         settings = ["clean", *(f"{attack}, eps {eps:g}" for eps in radii[1:])]
         for i, name in enumerate(rows["clean"]):
-            values = np.array([rows[setting][name]["values"] for setting in settings])
-            colour = shades[i % len(shades)]
-            axes.plot(radii, values.mean(axis=1), "o-", color=colour, label=name, markersize=4)
-            axes.fill_between(
-                radii, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.15, linewidth=0
-            )
+            values = np.array([rows[setting][name]["values"] for setting in settings]).T
+            reporting.band(axes, radii, values, shades[i % len(shades)], name, "o-")
         reporting.style(
             axes, title=attack, xlabel="eps, of a pixel range of 1", xlim=(0, None), ylim=(0, 101)
         )

@@ -189,10 +189,7 @@ def figure(curves: dict[float, dict[str, np.ndarray]], digits: dict[str, float])
     for axes, (alpha, named) in zip(panels, curves.items(), strict=True):
         for (name, values), colour in zip(named.items(), (reporting.GREY, reporting.RED), strict=True):
             rounds = np.arange(1, values.shape[1] + 1)
-            axes.plot(rounds, values.mean(axis=0), color=colour, label=name)
-            axes.fill_between(
-                rounds, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0
-            )
+            reporting.band(axes, rounds, values, colour, name)
         title = f"alpha {alpha:g}: {digits[f'{alpha:g}']:.1f} digits a client"
         reporting.style(axes, title=title, xlabel="round")
     # Of the first rounds no more than is seen of the rest.

@@ -190,6 +190,12 @@ def style(axes: Axes, **settings: Any) -> None:
     axes.grid(alpha=0.25)
 
 
+def band(axes: Axes, x: Any, values: np.ndarray, colour: str, label: str, line: str = "-") -> None:
+    """A curve: the mean over the seeds, and the range as a band; the shape of values is (seeds, len(x))."""
+    axes.plot(x, values.mean(axis=0), line, color=colour, label=label, linewidth=2, markersize=4)
+    axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+
+
 def save(options: argparse.Namespace, name: str, picture: Figure, content: Mapping[str, Any]) -> None:
     """Writes the figure, and all numbers with what they were made from."""
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k[0] != "_"}

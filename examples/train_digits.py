@@ -206,14 +206,11 @@ def figure(curves: dict[str, Curves], options: argparse.Namespace) -> Figure:
     picture = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = picture.subplots(1, 2)
     epochs = np.arange(1, options.epochs + 1)
-    for (name, curve), colour, style in zip(
+    for (name, curve), colour, line in zip(
         curves.items(), (reporting.GREY, reporting.RED, reporting.BLUE), ("-", "-", "--"), strict=True
     ):
         for axes, values in ((left, 100 * curve.test), (right, 100 * curve.memorised)):
-            axes.plot(epochs, values.mean(axis=0), style, color=colour, label=name, linewidth=2)
-            axes.fill_between(
-                epochs, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0
-            )
+            reporting.band(axes, epochs, values, colour, name, line)
     left.set(title="Accuracy on clean test images", ylabel="test accuracy, %")
     right.set(title="Wrong training labels memorised", ylabel="share of the wrong labels, %", ylim=(-2, 102))
     for axes in (left, right):

@@ -271,10 +271,7 @@ def figure(curves: Curves, panels: Sequence[Panel], title: str) -> Figure:
             values = panel.scale * curve[panel.metric]
             epochs = np.arange(1, values.shape[1] + 1)
             late.append(values[:, len(epochs) // 6 :])
-            axes.plot(epochs, values.mean(axis=0), color=colour, label=name, linewidth=2)
-            axes.fill_between(
-                epochs, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0
-            )
+            reporting.band(axes, epochs, values, colour, name)
         # The beginning is steep and tells nobody apart: it may leave the picture.
         low, high = np.min(late), np.max(late)
         margin = 0.05 * (high - low) or 1.0
