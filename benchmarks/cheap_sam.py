@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import by_hand
 import networks
+import reporting
 import timing
 from digits import NUM_TRAIN, Arm, train
 from digits_recipes import Setting, base_arm
@@ -146,17 +147,24 @@ def cost(names: Sequence[str], network: str, size: str, rounds: int) -> dict[str
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measures, prints the table, draws the figure and returns the numbers."""
     parser = timing.parser(__doc__, "results/cheap_sam")
-    parser.add_argument("--seeds", type=int, default=10, help="default: %(default)s")
-    parser.add_argument("--epochs", type=int, default=100, help="default: %(default)s")
+    parser.add_argument("--seeds", type=timing.count(), default=10, help="default: %(default)s")
+    parser.add_argument("--epochs", type=timing.count(), default=100, help="default: %(default)s")
     parser.add_argument("--network", choices=networks.SIZES, default="mlp", help="default: %(default)s")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        metavar="METHOD",
+        help=timing.some_of(METHODS),
+    )
     parser.add_argument("--tune", action="store_true", help="try radii on other seeds, and stop")
     options = timing.parse(parser, argv)
     if options.tune:
         tune(*((1, 2) if options.quick else (5, options.epochs)), options.methods)
         return {}
     if "sam" not in options.methods:
-        parser.error("argument --methods: 'sam' must be among them, what the others are compared with")
+        parser.error("argument --methods: must hold sam, with which the others are compared")
     size, rounds = "heavy", 15
     if options.quick:
         options.seeds, options.epochs, size, rounds = 1, 2, "quick", 2
@@ -177,7 +185,7 @@ def summarize(curves: Any, small: Any, large: Any) -> dict[str, Any]:
         report[name] = {
             "gradients": METHODS[name].gradients if name in METHODS else 1.0,
             "rho": METHODS[name].rho if name in METHODS else None,
-            "final": (float(final[name].mean()), float(final[name].std())),
+            "final": reporting.spread(final[name]),
             "worst": float((final[name] - final["sgd"]).min()),
             # Of the mean gains: a seed on which SAM gains little would rule a mean of ratios.
             "share": float((final[name] - final["sgd"]).mean() / (gain.mean() or np.nan)),
@@ -217,7 +225,7 @@ def table(report: dict[str, Any]) -> str:
                 name,
                 "" if is_base else f"{row['rho']:g}",
                 f"{row['gradients']:g}",
-                f"{row['final'][0]:.1f} ± {row['final'][1]:.1f}",
+                reporting.show(row["final"]),
                 "" if is_base else f"{row['worst']:+.1f}",
                 "" if is_base else f"{100 * row['share']:.0f}",
                 "" if is_base else f"{shares.low:.0f}-{shares.high:.0f}",

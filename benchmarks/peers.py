@@ -95,8 +95,9 @@ def in_torch(batch_size: int | None, size: str) -> dict[str, Callable[[], Any]]:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measures, prints the table, draws the figure and returns the numbers."""
     parser = timing.parser(__doc__, "results/peers")
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[128, 1024], help="default: 128 1024")
-    parser.add_argument("--rounds", type=int, default=31, help="of timing (default: %(default)s)")
+    count = timing.count()
+    parser.add_argument("--batch-size", type=count, nargs="+", default=[128, 1024], help="default: 128 1024")
+    parser.add_argument("--rounds", type=count, default=31, help="of timing (default: %(default)s)")
     options = timing.parse(parser, argv)
     size = "small"
     if options.quick:

@@ -96,9 +96,9 @@ def measure(size: int, leaves: int, names: Sequence[str], rounds: int) -> dict[s
 
 def exponent(found: Sequence[dict[str, float]], over: str, of: str) -> float:
     """By which power something grows between the two largest sizes; NaN where there is but one."""
-    if len(found) < 2:
+    first, last = found[-2:] if len(found) > 1 else found * 2
+    if first[over] == last[over]:
         return math.nan
-    first, last = found[-2:]
     return math.log(last[of] / first[of]) / math.log(last[over] / first[over])
 
 
@@ -124,14 +124,24 @@ def rows_of(found: Sequence[dict[str, dict[str, float]]]) -> list[list[str]]:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measures, prints both tables and the exponents, draws the figure and returns the numbers."""
     parser = timing.parser(__doc__, "results/scaling")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[10**n for n in range(4, 9)])
-    parser.add_argument("--leaves", type=int, nargs="+", default=[10, 100, 1000, 5000])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--rounds", type=int, default=11, help="of timing (default: %(default)s)")
+    add, count = parser.add_argument, timing.count()
+    powers = [10**n for n in range(4, 9)]
+    add("--sizes", type=timing.count(10), nargs="+", default=powers, help="of params (default: 10^4 to 10^8)")
+    numbers = [10, 100, 1000, 5000]
+    add("--leaves", type=count, nargs="+", default=numbers, help="of a million params (default: %(default)s)")
+    add(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=list(VARIANTS),
+        metavar="NAME",
+        help=timing.some_of(VARIANTS),
+    )
+    add("--rounds", type=count, default=11, help="of timing (default: %(default)s)")
     options = timing.parse(parser, argv)
     if options.quick:
         options.sizes, options.leaves, options.rounds = [1000, 10_000], [5, 20], 2
-    options.sizes, options.leaves = sorted(options.sizes), sorted(options.leaves)
+    options.sizes, options.leaves = sorted(set(options.sizes)), sorted(set(options.leaves))
     columns = ["rule", "params", "leaves", "ms", "floor / time", "floor, GB/s", "compile, CPU s"]
 
     by_size = [measure(size, 10, options.variants, options.rounds) for size in options.sizes]

@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 def options_of(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """The options, before JAX starts and the number of devices is fixed."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--devices", type=int, default=1)
-    devices = early.parse_known_args(argv)[0].devices
-    if devices > 1 and "jax" not in sys.modules:
+    early.add_argument("--devices", default="1")
+    devices = early.parse_known_args(argv)[0].devices  # Checked below, with the rest.
+    if devices.isdecimal() and int(devices) > 1 and "jax" not in sys.modules:
         flag = f"--xla_force_host_platform_device_count={devices}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     import by_hand
@@ -36,13 +36,20 @@ def options_of(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
 
     parser = timing.parser(__doc__, "results/step_cost")
     add = parser.add_argument
-    add("--networks", nargs="+", choices=networks.SIZES, default=list(networks.SIZES))
-    add("--variants", nargs="+", choices=[n for n in by_hand.RULES if n != "sgd"], metavar="NAME")
+    variants = [name for name in by_hand.RULES if name != "sgd"]
+    add("--networks", nargs="+", choices=networks.SIZES, default=list(networks.SIZES), help="default: all")
+    add("--variants", nargs="+", choices=variants, metavar="NAME", help=timing.some_of(variants))
     add("--size", choices=("small", "heavy", "large"), default="small", help="default: %(default)s")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations")
-    add("--batch-size", type=int, help="examples, instead of what the size says")
-    add("--devices", type=int, default=1, help="over how many devices to spread the batch")
-    add("--rounds", type=int, default=15, help="of timing; 0 compiles and counts only")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of activations (default: float32)",
+    )
+    add("--batch-size", type=timing.count(), help="examples, instead of what the size says")
+    add("--devices", type=timing.count(), default=1, help="to spread the batch over (default: 1)")
+    counted = "of timing; 0 compiles and counts only (default: %(default)s)"
+    add("--rounds", type=timing.count(0), default=15, help=counted)
     add("--trace", type=Path, metavar="DIR", help="write a profile of each program's step")
     options = timing.parse(parser, argv)
     if options.quick:
@@ -52,6 +59,14 @@ def options_of(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
 
         if len(jax.devices()) < options.devices:
             parser.error(f"argument --devices: {options.devices}, but there are {len(jax.devices())}")
+        # In the short form each device has the whole batch of the network.
+        sizes = [networks.SIZES[name][options.size][3] for name in options.networks if not options.quick]
+        for size in sizes if options.batch_size is None else [options.batch_size]:
+            if size % options.devices:
+                parser.error(
+                    f"argument --devices: the batch of {size} must be a multiple of the {options.devices} "
+                    "devices; --batch-size sets it"
+                )
     return parser, options
 
 

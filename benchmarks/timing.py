@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,28 @@ def parser(description: str | None, output: str) -> argparse.ArgumentParser:
         "--output", type=Path, default=Path(output), help="folder for the PNG (default: %(default)s)"
     )
     return result
+
+
+def count(low: int = 1) -> Callable[[str], int]:
+    """A type of option: an integer that is not below some other."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low:
+            msg = f"must be an integer >= {low}, got {text!r}"
+            raise argparse.ArgumentTypeError(msg)
+        return value
+
+    return convert
+
+
+def some_of(names: Iterable[str]) -> str:
+    """Help for an option that takes some of many names; those with blanks must be quoted."""
+    quoted = ", ".join(f"'{name}'" if " " in name else name for name in names)
+    return f"some of {quoted} (default: all)"
 
 
 def parse(options: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:

@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of this program."""
     parser = argparse.ArgumentParser(
-        description="Attacks networks that were trained on clean digits, by SGD, by SAM, and by SGD with L2."
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--eps",
@@ -169,10 +169,10 @@ def meaning(rows: dict[str, Any], base: str) -> str:
             continue
         attacked = [row for setting, row in rows.items() if setting != "clean"]
         mean, plain = (np.mean([row[arm]["values"] for row in attacked], axis=0) for arm in (name, base))
-        what = "accuracy on attacked images, the mean over all attacks"
+        unit = "points of accuracy on attacked images (mean over all attacks)"
         sentences.append(
-            f"{name} {reporting.verdict(reporting.gain_over(mean, plain), base, what)}; "
-            f"{rows['clean'][name]['gain']['mean']:+.1f} on clean ones."
+            f"{reporting.verdict(name, base, reporting.gain_over(mean, plain), unit)}; "
+            f"{rows['clean'][name]['gain']['mean']:+.1f} on clean images."
         )
     return "\n".join(sentences)
 
@@ -184,12 +184,8 @@ def figure(rows: dict[str, Any], radii: Sequence[float]) -> Figure:
     for axes, attack in zip(picture.subplots(1, 2, sharey=True), ("FGSM", "PGD"), strict=True):
         settings = ["clean", *(f"{attack}, eps {eps:g}" for eps in radii[1:])]
         for i, name in enumerate(rows["clean"]):
-            values = np.array([rows[setting][name]["values"] for setting in settings])
-            colour = shades[i % len(shades)]
-            axes.plot(radii, values.mean(axis=1), "o-", color=colour, label=name, markersize=4)
-            axes.fill_between(
-                radii, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.15, linewidth=0
-            )
+            values = np.array([rows[setting][name]["values"] for setting in settings]).T
+            reporting.band(axes, radii, values, shades[i % len(shades)], name, "o-")
         reporting.style(
             axes, title=attack, xlabel="eps, of a pixel range of 1", xlim=(0, None), ylim=(0, 101)
         )

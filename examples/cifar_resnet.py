@@ -38,6 +38,17 @@ SETTINGS = (
     *("arms", "rho", "rho_schedule", "perturbation", "learning_rate", "weight_decay", "mixup"),
     *("label_smoothing", "ema_decay"),
 )
+# What a run consists of.
+FILES = ("settings.json", *(f"{arm}-seed[0-9]*" for arm in ("sgd", *VARIANTS)), "cifar_resnet.*")
+
+_SMALL = {"width": 8, "blocks": [1, 1, 1, 1], "epochs": 60, "batch_size": 64, "image_size": 16, "seeds": 3}
+_FULL = {"width": 64, "blocks": [2, 2, 2, 2], "epochs": 200, "batch_size": 128, "image_size": 32, "seeds": 3}
+_QUICK = {"width": 4, "blocks": [1, 1], "epochs": 2, "batch_size": 64, "image_size": 8, "seeds": 2}
+FORMS = {
+    "": _SMALL,
+    "on an accelerator with --data": _FULL,
+    "with --quick": {**_QUICK, "train_size": 192},
+}
 
 
 # The network.
@@ -336,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with training.complaints(parser):
         source = image_data.cifar(options.data, options.dataset, options.train_size, options.image_size)
         trainers = [Trainer(name, options, source) for name in options.arms]
-    multi_host.prepare(options, SETTINGS)
+    multi_host.prepare(options, SETTINGS, FILES)
     print(f"Data: {source.name}.")
     blocks, device = "-".join(map(str, options.blocks)), jax.devices()[0].device_kind
     print(
@@ -376,15 +387,17 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    add = parser.add_argument
+    add, default = parser.add_argument, functools.partial(training.defaults, forms=FORMS)
     add("--data", help="folder of the CIFAR archive or of its batches, the archive, or tfds, or huggingface")
     add("--dataset", choices=("cifar10", "cifar100"), default="cifar10", help="default: %(default)s")
-    add("--train-size", type=number(int, 1), help="take, or generate, so many training images only")
-    add("--image-size", type=number(int, 8), help="of generated images")
+    some = f"use, or generate, only this many training images ({default('train_size')}; generated: 1000)"
+    add("--train-size", type=number(int, 1), help=some)
+    add("--image-size", type=number(int, 8), help=f"of generated images ({default('image_size')})")
     add("--arms", nargs="+", choices=("sgd", *VARIANTS), default=["sgd", "sam"], help="default: sgd sam")
-    add("--width", type=number(int, 1), help="channels of the first stage (ResNet-18: 64)")
-    add("--blocks", type=number(int, 1), nargs="+", help="blocks of each stage (ResNet-18: 2 2 2 2)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the computation; params are float32")
+    add("--width", type=number(int, 1), help=f"channels of the first stage ({default('width')})")
+    add("--blocks", type=number(int, 1), nargs="+", help=f"blocks of each stage ({default('blocks')})")
+    dtype = "of the computation; params are float32 (default: bfloat16 on an accelerator, else float32)"
+    add("--dtype", choices=("float32", "bfloat16"), help=dtype)
     add("--rho", type=number(float, 0), default=0.05, help="radius (default: %(default)s)")
     add(
         "--rho-schedule",
@@ -403,9 +416,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--mixup", type=number(float, 0), default=0.2, help="0 for none (default: %(default)s)")
     add("--label-smoothing", type=number(float, 0, 1), default=0.1, help="default: %(default)s")
     add("--ema-decay", type=number(float, 0, 1), default=0.999, help="default: %(default)s")
-    add("--save-every", type=number(int, 1), default=1, help="epochs from checkpoint to checkpoint")
-    add("--fresh", action="store_true", help="deletes the output folder, and starts anew")
-    training.run_options(parser, "results/cifar_resnet")
+    add("--save-every", type=number(int, 1), default=1, help="epochs between checkpoints (default: 1)")
+    add(
+        "--fresh",
+        action="store_true",
+        help="start anew instead of continuing: first deletes the run in --output, and nothing else in there",
+    )
+    training.run_options(parser, "results/cifar_resnet", FORMS)
     return parser
 
 
@@ -413,13 +430,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     """The options, with what the user left open."""
     options = parser.parse_args(argv)
     accelerator = jax.default_backend() != "cpu"
-    dtype = "bfloat16" if accelerator else "float32"
-    full = {"width": 64, "blocks": [2, 2, 2, 2], "epochs": 200, "batch_size": 128, "image_size": 32}
-    small = {"width": 8, "blocks": [1, 1, 1, 1], "epochs": 60, "batch_size": 64, "image_size": 16}
-    quick = {"width": 4, "blocks": [1, 1], "epochs": 2, "batch_size": 64, "image_size": 8, "train_size": 192}
-    form = quick if options.quick else full if accelerator and options.data else small
-    seeds = 2 if options.quick else 3
-    return training.fill(parser, options, {"dtype": dtype, "seeds": seeds, **form})
+    full = accelerator and options.data
+    form = FORMS["with --quick" if options.quick else "on an accelerator with --data" if full else ""]
+    return training.fill(parser, options, {"dtype": "bfloat16" if accelerator else "float32", **form})
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ CAVEAT = (
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Trains everything, reports and returns the numbers of the report."""
     parser = argparse.ArgumentParser(
-        description="Compares all variants of sharpness-aware minimization on digits with wrong labels."
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     shared_options(parser, output="results/digits", seeds=3)
     options = reporting.finish(parser, argv)
@@ -39,10 +39,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         options.epochs * (NUM_TRAIN // options.batch_size),
     )
     base, tuned = base_arm(setting), tuned_l2_arm(setting.steps)
-    variants = [variant_arm(name, default_rho(name, options.model), setting) for name in RECIPES]
-    costs = [recipe.cost for recipe in RECIPES.values()]
+    recipes = {name: recipe for name, recipe in RECIPES.items() if recipe.suits(options.base_optimizer)}
+    variants = [variant_arm(name, default_rho(name, options.model), setting) for name in recipes]
+    costs = [recipe.cost for recipe in recipes.values()]
 
     print(headline(options))
+    if left_out := ", ".join(name for name in RECIPES if name not in recipes):
+        print(f"Left out: {left_out}, which needs a base optimizer with momentum.")
     curves = run([base, *variants, tuned], options)
     report = summarize(curves, base.name)
     for arm, cost in zip([base, *variants, tuned], [1.0, *costs, 1.0], strict=True):

@@ -4,7 +4,7 @@ The gradient of a batch is noisy, and so is the direction in which SAM climbs. V
 mean of the gradients instead; the perturbed gradient is that of the batch. Compared with SAM on wrong labels.
 """
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from typing import Any
 
 import jax
@@ -39,7 +39,7 @@ def vasso(rho: optax.ScalarOrSchedule = 0.05, theta: float = 0.9) -> Any:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Trains without it, with it and with SAM, and reports."""
-    parser = ArgumentParser(description="Compares VaSSO with SAM on digits with wrong labels.")
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     shared_options(parser, output="results/custom_variant", seeds=5)
     options = finish(parser, argv)
     steps = options.epochs * (NUM_TRAIN // options.batch_size)
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     def meaning(report: dict[str, Any]) -> str:
         finals = [report["arms"][arm.name]["final"]["values"] for arm in (own, sam)]
-        return f"{own.name} {verdict(gain_over(*finals), sam.name)}."
+        return f"{verdict(own.name, sam.name, gain_over(*finals))}."
 
     return train_and_report([base_arm(setting), own, sam], options, "custom_variant", meaning)
 

@@ -84,6 +84,7 @@ class Recipe(NamedTuple):
       gradients: Gradient evaluations a step.
       products: Hessian-vector products a step, each worth about two gradients.
       radius: What the tables call the radius.
+      momentum: Whether the base optimizer must keep one.
     """
 
     build: Callable[[Any, Setting], Pair]
@@ -91,11 +92,16 @@ class Recipe(NamedTuple):
     gradients: float = 2.0
     products: int = 0
     radius: str = "rho"
+    momentum: bool = False
 
     @property
     def cost(self) -> float:
         """Gradient evaluations a step, products included."""
         return self.gradients + 2 * self.products
+
+    def suits(self, base: str) -> bool:
+        """Whether it can be had with this base optimizer."""
+        return not (self.momentum and base == "sgd")
 
 
 def _before_base(make: Callable[[float], optax_sam.SharpnessAwareTransformation]) -> Any:
@@ -157,7 +163,7 @@ RECIPES = {
     "async_sam_perturbed": Recipe(
         _before_base(lambda rho: optax_sam.async_sam(rho, reuse="perturbed")), 1.4, gradients=1
     ),
-    "msam": Recipe(_msam, 4.0, gradients=1),
+    "msam": Recipe(_msam, 4.0, gradients=1, momentum=True),
     "same": Recipe(_before_base(lambda rho: optax_sam.same(rho, gains=(1.0, 1.0, 2.0, 2.0))), 0.7),
     "custom_same": Recipe(_before_base(optax_sam.custom_same), 0.7),
     "saner": Recipe(_before_base(optax_sam.saner), 0.5),

@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         }
     report = {"digits_of_a_client": digits_of_a_client, "rows": reporting.compare(rows)}
     report["meaning"] = "\n".join(
-        f"{setting}: FedSAM {reporting.verdict(row['FedSAM']['gain'], 'FedAvg', 'accuracy')}."
+        f"{setting}: {reporting.verdict('FedSAM', 'FedAvg', row['FedSAM']['gain'], 'points of accuracy')}."
         for setting, row in report["rows"].items()
     )
     print(reporting.comparison_table(report["rows"], "test accuracy, %"), report["meaning"], sep="\n\n")
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of this program."""
     parser = argparse.ArgumentParser(
-        description="Federated learning on digits, with SGD and with SAM on the clients."
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     positive = reporting.number(float, 0, above=True)
     parser.add_argument(
@@ -189,10 +189,7 @@ def figure(curves: dict[float, dict[str, np.ndarray]], digits: dict[str, float])
     for axes, (alpha, named) in zip(panels, curves.items(), strict=True):
         for (name, values), colour in zip(named.items(), (reporting.GREY, reporting.RED), strict=True):
             rounds = np.arange(1, values.shape[1] + 1)
-            axes.plot(rounds, values.mean(axis=0), color=colour, label=name)
-            axes.fill_between(
-                rounds, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0
-            )
+            reporting.band(axes, rounds, values, colour, name)
         title = f"alpha {alpha:g}: {digits[f'{alpha:g}']:.1f} digits a client"
         reporting.style(axes, title=title, xlabel="round")
     # Of the first rounds no more than is seen of the rest.

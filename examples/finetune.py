@@ -213,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of this program."""
     parser = argparse.ArgumentParser(
-        description="Fine-tunes on new digits with few labels, without and with SAM."
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add(
@@ -245,17 +245,16 @@ def headline(options: argparse.Namespace, report: dict[str, Any]) -> str:
 
 def meaning(rows: dict[str, Any]) -> str:
     """Where SAM helps, and where it does not."""
-    groups: dict[str, list[str]] = {"better": [], "not told apart": [], "worse": []}
+    groups: dict[str, list[str]] = {"better": [], "worse": [], "unclear": []}
     for setting, row in rows.items():
         gain = row["with SAM"]["gain"]
-        away = reporting.standard_errors(gain)
-        group = "better" if away > 2 else "worse" if away < -2 else "not told apart"
-        groups[group].append(f"{setting} ({gain['mean']:+.1f})")
-    return (
-        f"SAM better by more than two standard errors: {'; '.join(groups['better']) or 'nowhere'}.\n"
-        f"Worse by more than two: {'; '.join(groups['worse']) or 'nowhere'}.\n"
-        f"Not told apart: {'; '.join(groups['not told apart']) or 'none'}."
-    )
+        groups[reporting.judge(gain)].append(f"{setting} ({gain['mean']:+.1f})")
+    titles = {
+        "better": "SAM better on every seed, and by more than two standard errors",
+        "worse": "Worse on every seed, and by more than two",
+        "unclear": "Not clearly different",
+    }
+    return "\n".join(f"{title}: {'; '.join(groups[key]) or 'nowhere'}." for key, title in titles.items())
 
 
 def figure(rows: dict[str, Any], options: argparse.Namespace) -> Figure:

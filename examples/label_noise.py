@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of this program."""
     parser = argparse.ArgumentParser(
-        description="Compares all variants on digits with several fractions of wrong labels."
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--label-noise",
@@ -125,7 +125,7 @@ def meaning(report: dict[str, Any], first: str, tuned: str) -> str:
             if name != report["base"] and row["gain_final"]["wins"] < len(gain["values"])
         ]
         sentences.append(
-            f"{noise} wrong: {first} {reporting.verdict(gain, report['base'])}; "
+            f"{noise} wrong: {reporting.verdict(first, report['base'], gain)}; "
             f"{to_tuned:+.1f} against {tuned}. "
             f"Not better than {report['base']} on every seed: {'; '.join(useless) or 'none'}."
         )

@@ -12,6 +12,7 @@ and deviations over the seeds and draws the landscapes around the two solutions 
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +21,11 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import optax
+import reporting
 from digits import MLP, Digits, batch_order, cross_entropy, load
 from flax.training.train_state import TrainState
+from matplotlib.figure import Figure
+from reporting import number
 from tqdm import tqdm
 
 import optax_sam
@@ -172,27 +176,41 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Runs the experiment."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options, checked before anything is trained."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds (default 3)")
-    parser.add_argument("--epochs", type=int, default=100, help="epochs of a run (default 100)")
-    parser.add_argument("--rho", type=float, default=0.5, help="radius of SAM (default 0.5)")
-    parser.add_argument("--samples", type=int, default=50, help="random samples of a measure (default 50)")
-    parser.add_argument("--size", type=int, default=31, help="points along a side of a plane (default 31)")
-    parser.add_argument("--output", type=Path, default=Path("results"), help="folder (default results)")
-    parser.add_argument("--figure", type=Path, help="file of the picture (default OUTPUT/landscape.png)")
-    parser.add_argument("--quick", action="store_true", help="1 seed, 10 epochs, few samples")
-    args = parser.parse_args()
-    if args.quick:
-        args.seeds, args.epochs, args.samples, args.size = 1, 10, 5, 11
-    if min(args.seeds, args.epochs) < 1 or args.rho <= 0 or args.samples < 2 or args.size < 2:
-        parser.error("seeds and epochs must be at least 1, samples and size at least 2, rho above 0")
-    args.output.mkdir(parents=True, exist_ok=True)
-    figure = args.figure or args.output / "landscape.png"
+    add = parser.add_argument
+    add("--rho", type=number(float, 0, above=True), default=0.5, help="radius of SAM (default: %(default)s)")
+    add("--figure", type=Path, help="file of the picture (default: OUTPUT/landscape.png)")
+    reporting.common_options(
+        parser,
+        "results",
+        seeds=(3, 1, "how many seeds"),
+        epochs=(100, 10),
+        samples=(50, 5, "random samples of a measure, at least 2"),
+        size=(31, 11, "points along a side of a plane, at least 2"),
+    )
+    options = reporting.finish(parser, argv)
+    for name in ("samples", "size"):
+        if getattr(options, name) < 2:
+            parser.error(f"argument --{name}: must be an integer >= 2, got {getattr(options, name)}")
+    if options.figure is None:
+        options.figure = options.output / "landscape.png"
+    if not options.figure.parent.is_dir():
+        parser.error(f"argument --figure: there is no folder {str(options.figure.parent)!r}")
+    if options.figure.is_dir():
+        parser.error(f"argument --figure: must be a file, and {str(options.figure)!r} is a folder")
+    if options.figure.suffix.removeprefix(".") not in Figure().canvas.get_supported_filetypes():
+        name = options.figure.name
+        parser.error(f"argument --figure: must end in .png, .pdf or another kind of picture, got {name!r}")
+    return options
 
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the experiment."""
+    args = parse(argv)
     start = time.perf_counter()
     rows: dict[str, list[dict[str, float]]] = {"SGD": [], "SAM": []}
     first: dict[str, Run] = {}
@@ -214,19 +232,19 @@ def main() -> None:
                 if seed == 0:
                     first[name] = run
         bar.set_description("drawing")
-        draw(first, load(0, label_noise=0.0), figure, args.size, 40 if args.quick else 60)
+        draw(first, load(0, label_noise=0.0), args.figure, args.size, 40 if args.quick else 60)
         bar.update()
 
     text = table(rows)
     print(text)
     report = {
-        "arguments": {name: str(value) for name, value in vars(args).items()},
+        "arguments": {name: str(value) for name, value in vars(args).items() if name[0] != "_"},
         "rows": rows,
         "sam_metrics_per_epoch": metrics,
     }
     (args.output / "landscape.md").write_text(text + "\n")
     (args.output / "landscape.json").write_text(json.dumps(report, indent=1))
-    print(f"{figure}, {args.output / 'landscape.md'} and .json; {time.perf_counter() - start:.0f} s")
+    print(f"{args.figure}, {args.output / 'landscape.md'} and .json; {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

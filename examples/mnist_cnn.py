@@ -23,6 +23,11 @@ from reporting import number
 
 import optax_sam
 
+# Of the digits, which stand in for MNIST, there are 46 times fewer.
+_DIGITS = {"epochs": 15, "seeds": 3, "batch_size": 64, "features": (32, 64, 128)}
+_QUICK = {"epochs": 2, "seeds": 2, "batch_size": 64, "train_size": 256, "features": (4, 4, 16)}
+FORMS = {"": _DIGITS, "with --data": {**_DIGITS, "epochs": 5}, "with --quick": _QUICK}
+
 
 class CNN(nn.Module):
     """Two convolutions and two dense layers."""
@@ -136,28 +141,21 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--data", help="a folder with the four IDX files of MNIST (.gz or not), or tfds, or huggingface")
-    add("--train-size", type=number(int, 1), help="take so many training images only")
+    some = f"use only this many training images ({training.defaults('train_size', FORMS)})"
+    add("--train-size", type=number(int, 1), help=some)
     add("--variant", choices=("sam", "asam", "gsam", "wsam", "looksam"), default="sam", help="default: sam")
     add("--rho", type=number(float, 0), default=0.05, help="radius (default: %(default)s)")
     add("--learning-rate", type=number(float, 0, above=True), default=0.01, help="default: %(default)s")
-    training.run_options(parser, "results/mnist_cnn")
+    training.run_options(parser, "results/mnist_cnn", FORMS)
     return parser
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """The options, with what the user left open."""
     options = parser.parse_args(argv)
-    # Without data there are 46 times fewer images.
-    full = {
-        "epochs": 5 if options.data else 15,
-        "seeds": 3,
-        "batch_size": 64,
-        "train_size": None,
-        "features": (32, 64, 128),
-    }
-    quick = {"epochs": 2, "seeds": 2, "batch_size": 64, "train_size": 256, "features": (4, 4, 16)}
     options.features = None
-    return training.fill(parser, options, quick if options.quick else full)
+    form = "with --quick" if options.quick else "with --data" if options.data else ""
+    return training.fill(parser, options, FORMS[form])
 
 
 if __name__ == "__main__":

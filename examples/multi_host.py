@@ -24,8 +24,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from reporting import make_folder, number
+
 TOLERANCE = 1e-6
 SETTINGS = ("steps", "batch_size", "seed", "rho", "learning_rate", "num_shards")
+FILES = ("settings.json", "checkpoints", "params.npz", "result.json")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -34,33 +37,48 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--num-processes", type=int, default=2, help="how many processes there are (default 2)")
-    add("--process-id", type=int, help="which of them this is; without it, all are started here")
+    whole, count, positive = number(int, 0), number(int, 1), number(float, 0, above=True)
+    add("--num-processes", type=count, default=2, help="how many processes there are (default 2)")
+    add("--process-id", type=whole, help="which of them this is; without it, all are started here")
     add("--coordinator", help="HOST:PORT of process 0")
     add("--cluster", action="store_true", help="let JAX find out about processes and coordinator")
-    add("--steps", type=int, default=60, help="length of the training (default 60)")
-    add("--batch-size", type=int, default=64, help="examples per step, of all processes (default 64)")
-    add("--seed", type=int, default=0, help="of params and batches (default 0)")
-    add("--rho", type=float, default=0.05, help="radius of SAM (default 0.05)")
-    add("--learning-rate", type=float, default=0.1, help="of SGD with momentum (default 0.1)")
-    add("--num-shards", type=int, help="a perturbation for each of so many shards; without it one for all")
-    add("--save-every", type=int, default=10, help="steps between checkpoints (default 10)")
-    add("--output", type=Path, default=Path("results/multi_host"), help="directory of checkpoints and result")
-    add("--fresh", action="store_true", help="start anew instead of continuing (not on a cluster)")
+    add("--steps", type=count, default=60, help="length of the training (default 60)")
+    add("--batch-size", type=count, default=64, help="examples per step, of all processes (default 64)")
+    add("--seed", type=whole, default=0, help="of params and batches (default 0)")
+    add("--rho", type=number(float, 0), default=0.05, help="radius of SAM (default 0.05)")
+    add("--learning-rate", type=positive, default=0.1, help="of SGD with momentum (default 0.1)")
+    add("--num-shards", type=count, help="a perturbation for each of so many shards; without it one for all")
+    add("--save-every", type=count, default=10, help="steps between checkpoints (default 10)")
+    output = Path("results/multi_host")
+    add("--output", type=Path, default=output, help=f"folder of checkpoints and result (default {output})")
+    add(
+        "--fresh",
+        action="store_true",
+        help="start anew instead of continuing: first deletes the run in --output, that is "
+        f"{', '.join(FILES)}, and nothing else in there (not on a cluster)",
+    )
     add("--check", action="store_true", help=f"compare with one process, to {TOLERANCE:g} (not on a cluster)")
-    add("--timeout", type=float, default=60.0, help="seconds without a step that end the run (default 60)")
-    add("--start-timeout", type=float, default=180.0, help="the same until the first step (default 180)")
-    add("--die-at", type=int, help="for trying it out: the last process dies before this step")
-    add("--hang-at", type=int, help="for trying it out: the last process hangs before this step")
+    add("--timeout", type=positive, default=60.0, help="seconds without a step that end a run (default 60)")
+    start = number(float, 1)
+    add("--start-timeout", type=start, default=180.0, help="the same until the first step (default 180)")
+    add("--die-at", type=whole, help="for trying it out: the last process dies before this step")
+    add("--hang-at", type=whole, help="for trying it out: the last process hangs before this step")
     options = parser.parse_args(argv)
     if options.process_id is not None and not options.coordinator:
         parser.error("--process-id needs --coordinator HOST:PORT")
     if options.check and (options.cluster or options.process_id is not None):
         parser.error("--check needs all processes on this machine")
+    if options.fresh and (options.cluster or options.process_id is not None):
+        parser.error("--fresh needs all processes on this machine; on a cluster give another --output")
+    if (options.process_id or 0) >= options.num_processes:
+        parser.error(f"--process-id must be from 0 to {options.num_processes - 1}, got {options.process_id}")
     if options.batch_size % options.num_processes:
         parser.error(
             f"--batch-size {options.batch_size} must be a multiple of {options.num_processes} processes"
         )
+    if options.batch_size % (options.num_shards or 1):
+        parser.error(f"--batch-size {options.batch_size} must be a multiple of {options.num_shards} shards")
+    make_folder(parser, options)
     return options
 
 
@@ -69,7 +87,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def train(options: argparse.Namespace) -> None:
     """What each process does."""
-    # Not at the top: the process that starts the others needs none of this.
+    # Not at the top: the process that starts the others trains nothing.
     import flax.linen as nn
     import jax
     import jax.numpy as jnp
@@ -129,9 +147,9 @@ def train(options: argparse.Namespace) -> None:
         value, grads = value_and_grad(state.params, batch, state=state.opt_state)
         return state.apply_gradients(grads=grads), value
 
-    def batch_of(number: int) -> Any:
+    def batch_of(i: int) -> Any:
         # By the number of the step alone: a run that continues sees the batches it would have seen.
-        rows = np.random.default_rng((options.seed, number)).choice(len(train_set[0]), options.batch_size)
+        rows = np.random.default_rng((options.seed, i)).choice(len(train_set[0]), options.batch_size)
         own = np.array_split(rows, processes)[process]
         return tuple(jax.make_array_from_process_local_data(spread, part[own]) for part in train_set)
 
@@ -151,19 +169,19 @@ def train(options: argparse.Namespace) -> None:
             print(f"continues after step {first}", flush=True)
 
     value = None
-    for number in range(first, options.steps):
+    for i in range(first, options.steps):
         if process == processes - 1:
-            if options.die_at == number:
+            if options.die_at == i:
                 os._exit(13)
-            if options.hang_at == number:
+            if options.hang_at == i:
                 time.sleep(10**6)
-        state, value = train_step(state, batch_of(number))
+        state, value = train_step(state, batch_of(i))
         # Several steps under way at once are known to stall CPU processes with several devices each.
         value = float(jax.block_until_ready(value))
-        alive(number + 1, value)
-        if (number + 1) % options.save_every == 0 or number + 1 == options.steps:
+        alive(i + 1, value)
+        if (i + 1) % options.save_every == 0 or i + 1 == options.steps:
             arrays = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
-            manager.save(number + 1, args=ocp.args.StandardSave(arrays))
+            manager.save(i + 1, args=ocp.args.StandardSave(arrays))
     manager.close()
 
     params = jax.device_get(state.params)
@@ -324,16 +342,36 @@ def compare(output: Path, other: Path) -> float:
         return max(float(np.max(np.abs(a[name] - b[name]))) for name in a.files)
 
 
-def prepare(options: argparse.Namespace, names: Sequence[str] = SETTINGS) -> None:
-    """Makes the directory ready, and refuses one that holds another run."""
-    if options.fresh and options.output.exists():
-        shutil.rmtree(options.output)
-    options.output.mkdir(parents=True, exist_ok=True)
+def prepare(
+    options: argparse.Namespace, names: Sequence[str] = SETTINGS, files: Sequence[str] = FILES
+) -> None:
+    """Makes the directory ready, and refuses one that holds another run; `--fresh` deletes that run first.
+
+    Args:
+      options: With `output` and `fresh`.
+      names: The options that must not change when a run continues. They are kept in `settings.json`.
+      files: Patterns of what a run consists of. Whatever else lies there, `--fresh` leaves alone.
+    """
+    folder, path = options.output, options.output / "settings.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        found = json.loads(path.read_text()) if path.exists() else None
+    except ValueError:
+        found = "unreadable"
+    # Other programs keep a settings.json too: one of this program has the names of its options.
+    own = isinstance(found, dict) and set(found) == set(names)
+    if options.fresh and not own and any(folder.iterdir()):
+        sys.exit(f"{folder} holds no run of this program; nothing was deleted. Give another --output.")
+    if options.fresh:
+        for entry in [entry for pattern in files for entry in folder.glob(pattern)]:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    elif found is not None and not own:
+        sys.exit(f"{path} is not of this program. Give another --output.")
+
     settings = {name: getattr(options, name) for name in names}
-    path = options.output / "settings.json"
-    if path.exists() and (found := json.loads(path.read_text())) != settings:
-        changed = ", ".join(f"{k} {found.get(k)} -> {v}" for k, v in settings.items() if found.get(k) != v)
-        sys.exit(f"{options.output} holds a run with other settings ({changed}). Add --fresh to start anew.")
+    if own and not options.fresh and found != settings:
+        changed = ", ".join(f"{k} {found[k]} -> {v}" for k, v in settings.items() if found[k] != v)
+        sys.exit(f"{folder} holds a run with other settings ({changed}). Add --fresh to start anew.")
     path.write_text(json.dumps(settings) + "\n")
 
 

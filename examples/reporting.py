@@ -94,10 +94,12 @@ def spread(values: np.ndarray) -> dict[str, Any]:
     return {"mean": float(np.mean(values)), "sd": sd, "values": [round(float(v), 3) for v in values]}
 
 
-def gain_over(values: np.ndarray, base: np.ndarray) -> dict[str, Any]:
-    """The paired difference, seed by seed: its spread, its worst seed, and on how many it is above 0."""
+def gain_over(values: np.ndarray, base: np.ndarray, *, lower_is_better: bool = False) -> dict[str, Any]:
+    """The paired difference, seed by seed: its spread, its worst seed, and on how many it is for better."""
     gain = np.asarray(values) - np.asarray(base)
-    return {**spread(gain), "worst": float(gain.min()), "wins": int(np.sum(gain > 0))}
+    better = -gain if lower_is_better else gain
+    counts = {"wins": int(np.sum(better > 0)), "losses": int(np.sum(better < 0))}
+    return {**spread(gain), "worst": float(gain[np.argmin(better)]), **counts}
 
 
 def show(value: Mapping[str, Any], form: str = ".1f") -> str:
@@ -106,22 +108,41 @@ def show(value: Mapping[str, Any], form: str = ".1f") -> str:
     return f"{value['mean']:{form}}{sd}"
 
 
-def verdict(gain: Mapping[str, Any], over: str, what: str = "final accuracy") -> str:
-    """Whether something helps, whichever way it came out."""
+def judge(gain: Mapping[str, Any]) -> str:
+    """The rule by which every example decides what helps: "better", "worse" or "unclear".
+
+    To be clear, a paired difference must have the same sign on every seed, of which there must be two or
+    more, and its mean must be more than two standard errors away from 0.
+    """
     seeds = len(gain["values"])
-    seen = f"{gain['wins']} of {seeds} seeds, the worst {gain['worst']:+.1f}"
-    points = f"{gain['mean']:+.1f} points of {what}"
-    if gain["mean"] > 0:
-        often = "helps" if gain["wins"] == seeds else "helps on average only"
-        return f"{often}: {points} over {over} ({seen})"
-    return f"does not help: {points} against {over} (better on {seen})"
+    if seeds > 1 and abs(standard_errors(gain)) > 2:
+        if gain["wins"] == seeds:
+            return "better"
+        if gain["losses"] == seeds:
+            return "worse"
+    return "unclear"
+
+
+def verdict(
+    name: str, base: str, gain: Mapping[str, Any], unit: str = "points of final accuracy", form: str = ".1f"
+) -> str:
+    """What `judge` says, as a sentence without its full stop."""
+    seeds, much = len(gain["values"]), f"{show(gain, f'+{form}')} {unit}"
+    if seeds == 1:
+        return f"{name} cannot be told from {base} by one seed: {much}"
+    says = {"better": "does better than", "worse": "does worse than"}
+    return (
+        f"{name} {says.get(judge(gain), 'is not clearly different from')} {base}: {much}, "
+        f"better on {gain['wins']} and worse on {gain['losses']} of {seeds} seeds"
+    )
 
 
 def standard_errors(gain: Mapping[str, Any]) -> float:
     """How many standard errors a mean difference is away from 0; one seed says nothing."""
-    if not gain["sd"]:
+    if gain["sd"] is None or not gain["mean"]:
         return 0.0
-    return gain["mean"] / (gain["sd"] / math.sqrt(len(gain["values"])))
+    error = gain["sd"] / math.sqrt(len(gain["values"]))
+    return gain["mean"] / error if error else math.copysign(math.inf, gain["mean"])
 
 
 def compare(values: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
@@ -167,6 +188,12 @@ def style(axes: Axes, **settings: Any) -> None:
     axes.set(**settings)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
+
+
+def band(axes: Axes, x: Any, values: np.ndarray, colour: str, label: str, line: str = "-") -> None:
+    """A curve: the mean over the seeds, and the range as a band; the shape of values is (seeds, len(x))."""
+    axes.plot(x, values.mean(axis=0), line, color=colour, label=label, linewidth=2, markersize=4)
+    axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0)
 
 
 def save(options: argparse.Namespace, name: str, picture: Figure, content: Mapping[str, Any]) -> None:

@@ -97,7 +97,7 @@ def shared_options(parser: argparse.ArgumentParser, output: str, seeds: int) -> 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of this program."""
     parser = argparse.ArgumentParser(
-        description="Trains on digits with wrong labels, without and with sharpness-aware minimization."
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     radii = ", ".join(f"{name} {recipe.rho:g}" for name, recipe in RECIPES.items() if recipe.rho is not None)
     parser.add_argument(
@@ -110,6 +110,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     shared_options(parser, output="results/digits", seeds=5)
     options = reporting.finish(parser, argv)
+    if not RECIPES[options.variant].suits(options.base_optimizer):
+        others = ", ".join(base for base in BASES if RECIPES[options.variant].suits(base))
+        parser.error(
+            f"argument --base-optimizer: {options.variant} needs a base optimizer with momentum, got "
+            f"{options.base_optimizer!r}; choose from {others}"
+        )
     if options.rho is None:
         options.rho = default_rho(options.variant, options.model)
     elif RECIPES[options.variant].rho is None:
@@ -189,7 +195,7 @@ def meaning(report: dict[str, Any], variant: str, tuned: str) -> str:
     to_tuned = rows[variant]["final"]["mean"] - rows[tuned]["final"]["mean"]
     side = "better" if to_tuned > 0 else "worse"
     return (
-        f"With the recipe otherwise unchanged, {variant} {reporting.verdict(gain, base)}, at "
+        f"With the recipe otherwise unchanged, {reporting.verdict(variant, base, gain)}, at "
         f"{rows[variant]['cost_ratio']:.1f} times the time. "
         f"It is {abs(to_tuned):.1f} points {side} than {tuned} (no SAM; tuned to 40 % noise)."
     )
@@ -200,14 +206,11 @@ def figure(curves: dict[str, Curves], options: argparse.Namespace) -> Figure:
     picture = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = picture.subplots(1, 2)
     epochs = np.arange(1, options.epochs + 1)
-    for (name, curve), colour, style in zip(
+    for (name, curve), colour, line in zip(
         curves.items(), (reporting.GREY, reporting.RED, reporting.BLUE), ("-", "-", "--"), strict=True
     ):
         for axes, values in ((left, 100 * curve.test), (right, 100 * curve.memorised)):
-            axes.plot(epochs, values.mean(axis=0), style, color=colour, label=name, linewidth=2)
-            axes.fill_between(
-                epochs, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0
-            )
+            reporting.band(axes, epochs, values, colour, name, line)
     left.set(title="Accuracy on clean test images", ylabel="test accuracy, %")
     right.set(title="Wrong training labels memorised", ylabel="share of the wrong labels, %", ylim=(-2, 102))
     for axes in (left, right):

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import reporting
 from matplotlib.figure import Figure
-from reporting import BLUE, GREY, RED, align, make_folder, number, show, spread, style
+from reporting import BLUE, GREY, RED, align, gain_over, make_folder, number, show, spread, style
 from tqdm import tqdm
 
 COLOURS = (GREY, RED, BLUE, "#2e8b57", "#b8860b", "#6a3d9a")
@@ -25,12 +25,31 @@ Curves = dict[str, dict[str, np.ndarray]]
 # Options.
 
 
-def run_options(parser: argparse.ArgumentParser, output: str) -> None:
-    """The options of every program that compares runs; `fill` knows what stands in for those left out."""
+Forms = Mapping[str, Mapping[str, Any]]
+"""What stands in for options left out, by the condition under which it does; the first needs none."""
+
+
+def defaults(name: str, forms: Forms) -> str:
+    """For the help of an option: what stands in for it."""
+
+    def shown(form: Mapping[str, Any]) -> str:
+        value = form.get(name, "all")
+        return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    values = {when: shown(form) for when, form in forms.items()}
+    usual, *_ = values.values()
+    return f"default: {usual}" + "".join(f", {when}: {x}" for when, x in values.items() if x != usual)
+
+
+def run_options(parser: argparse.ArgumentParser, output: str, forms: Forms) -> None:
+    """The options of every program that compares runs; `fill` puts in what stands in for those left out."""
     add = parser.add_argument
-    add("--epochs", type=number(int, 1), help="how often to go through the training set")
-    add("--batch-size", type=number(int, 1), help="examples in a step")
-    add("--seeds", type=number(int, 1), help="how many paired runs")
+    for name, what in (
+        ("epochs", "how often to go through the training set"),
+        ("batch_size", "examples in a step"),
+        ("seeds", "how many paired runs"),
+    ):
+        add(f"--{name.replace('_', '-')}", type=number(int, 1), help=f"{what} ({defaults(name, forms)})")
     add("--first-seed", type=number(int, 0), default=100, help="default: %(default)s")
     add("--output", type=Path, default=Path(output), help="folder for all results (default: %(default)s)")
     add("--quick", action="store_true", help="a very short form, to see that everything runs")
@@ -46,10 +65,10 @@ def complaints(parser: argparse.ArgumentParser) -> Iterator[None]:
 
 
 def fill(
-    parser: argparse.ArgumentParser, options: argparse.Namespace, defaults: Mapping[str, Any]
+    parser: argparse.ArgumentParser, options: argparse.Namespace, form: Mapping[str, Any]
 ) -> argparse.Namespace:
     """Fills in what the user left open, and makes the output folder before anything is trained."""
-    for name, value in defaults.items():
+    for name, value in form.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     make_folder(parser, options)
@@ -189,12 +208,10 @@ def summarize(
 
     rows = {}
     for name, curve in curves.items():
-        gain = pick(name, columns[0]) - pick(base, columns[0])
-        better = gain < 0 if lower_is_better else gain > 0
-        worse = gain > 0 if lower_is_better else gain < 0
+        gain = gain_over(pick(name, columns[0]), pick(base, columns[0]), lower_is_better=lower_is_better)
         rows[name] = {
             **{column.title: spread(pick(name, column)) for column in columns},
-            "gain": {**spread(gain), "better": int(better.sum()), "worse": int(worse.sum())},
+            "gain": gain,
             # The arms take turns: the median does not mind compiling, or what else the machine does.
             "time_ratio": float(np.median(curve["seconds"] / curves[base]["seconds"])),
         }
@@ -206,7 +223,7 @@ def table(report: dict[str, Any], form: str = ".1f") -> str:
     lines = [("", *report["columns"], "paired difference", "better on", "time ratio")]
     for name, row in report["arms"].items():
         gain = row["gain"]
-        pair = (show(gain, f"+{form}"), f"{gain['better']} of {len(gain['values'])}")
+        pair = (show(gain, f"+{form}"), f"{gain['wins']} of {len(gain['values'])}")
         lines.append(
             (
                 name,
@@ -219,24 +236,12 @@ def table(report: dict[str, Any], form: str = ".1f") -> str:
 
 
 def verdict(report: dict[str, Any], unit: str, form: str = ".1f") -> str:
-    """A line for each arm on what the table says, whichever way it came out; one or two seeds say nothing."""
+    """A line for each arm on what the table says, whichever way it came out."""
     base, lines = report["base"], []
     for name, row in report["arms"].items():
-        if name == base:
-            continue
-        gain = row["gain"]
-        seeds = len(gain["values"])
-        says = (
-            "does better than"
-            if gain["better"] == seeds > 2
-            else "does worse than"
-            if gain["worse"] == seeds > 2
-            else "is not clearly different from"
-        )
-        lines.append(
-            f"{name} {says} {base}: {show(gain, f'+{form}')} {unit}, better on {gain['better']} and worse on "
-            f"{gain['worse']} of {seeds} seeds, at {row['time_ratio']:.1f} times the time."
-        )
+        if name != base:
+            says = reporting.verdict(name, base, row["gain"], unit, form)
+            lines.append(f"{says}, at {row['time_ratio']:.1f} times the time.")
     return "\n".join(lines)
 
 
@@ -266,10 +271,7 @@ def figure(curves: Curves, panels: Sequence[Panel], title: str) -> Figure:
             values = panel.scale * curve[panel.metric]
             epochs = np.arange(1, values.shape[1] + 1)
             late.append(values[:, len(epochs) // 6 :])
-            axes.plot(epochs, values.mean(axis=0), color=colour, label=name, linewidth=2)
-            axes.fill_between(
-                epochs, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0
-            )
+            reporting.band(axes, epochs, values, colour, name)
         # The beginning is steep and tells nobody apart: it may leave the picture.
         low, high = np.min(late), np.max(late)
         margin = 0.05 * (high - low) or 1.0

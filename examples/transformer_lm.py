@@ -9,6 +9,7 @@ block of 1000 bytes is held out.
 """
 
 import argparse
+import functools
 import pydoc_data.topics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,13 @@ from reporting import number
 import optax_sam
 
 VOCABULARY = 256  # Bytes.
+
+_FULL = {"context": 64, "width": 64, "layers": 2, "epochs": 70, "batch_size": 16, "seeds": 3}
+_QUICK = {"context": 16, "width": 16, "layers": 1, "epochs": 2, "batch_size": 32, "seeds": 2}
+FORMS = {
+    "": {**_FULL, "size": 15_000, "sample": 300},
+    "with --quick": {**_QUICK, "size": 6_000, "sample": 20},
+}
 
 
 # The network.
@@ -244,10 +252,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    add = parser.add_argument
+    add, default = parser.add_argument, functools.partial(training.defaults, forms=FORMS)
     arms = ("adamw", "sam", "gsam", "looksam")
-    add("--text", type=Path, help="a file to learn instead")
-    add("--size", type=number(int, 1), help="use so many bytes of it, from its beginning")
+    add("--text", type=Path, help="a file to learn (default: Python's own documentation)")
+    add("--size", type=number(int, 1), help=f"use only the first SIZE bytes ({default('size')})")
     add(
         "--arms",
         nargs="+",
@@ -255,9 +263,9 @@ def make_parser() -> argparse.ArgumentParser:
         default=["adamw", "gsam", "looksam"],
         help="default: adamw gsam looksam",
     )
-    add("--context", type=number(int, 2), help="how many bytes the model sees")
-    add("--width", type=number(int, 1), help="of the network")
-    add("--layers", type=number(int, 1), help="of the network")
+    add("--context", type=number(int, 2), help=f"how many bytes the model sees ({default('context')})")
+    add("--width", type=number(int, 1), help=f"of the network ({default('width')})")
+    add("--layers", type=number(int, 1), help=f"of the network ({default('layers')})")
     add("--heads", type=number(int, 1), default=4, help="of attention (default: %(default)s)")
     add("--dropout", type=number(float, 0, 1), default=0.1, help="default: %(default)s")
     add("--rho", type=number(float, 0), default=0.1, help="radius (default: %(default)s)")
@@ -265,20 +273,16 @@ def make_parser() -> argparse.ArgumentParser:
     add("--k", type=number(int, 1), default=5, help="of LookSAM (default: %(default)s)")
     add("--learning-rate", type=number(float, 0, above=True), default=1e-2, help="default: %(default)s")
     add("--weight-decay", type=number(float, 0), default=0.1, help="default: %(default)s")
-    add("--prompt", default="The ", help="with which samples begin (default: %(default)r)")
-    add("--sample", type=number(int, 0), help="how many bytes to write at the end")
-    training.run_options(parser, "results/transformer_lm")
+    add("--prompt", default="The ", help="text that samples start with (default: %(default)r)")
+    add("--sample", type=number(int, 0), help=f"how many bytes to write at the end ({default('sample')})")
+    training.run_options(parser, "results/transformer_lm", FORMS)
     return parser
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """The options, with what the user left open."""
     options = parser.parse_args(argv)
-    full = {"context": 64, "width": 64, "layers": 2, "epochs": 70, "batch_size": 16, "seeds": 3}
-    full |= {"size": 15_000, "sample": 300}
-    quick = {"context": 16, "width": 16, "layers": 1, "epochs": 2, "batch_size": 32, "seeds": 2}
-    quick |= {"size": 6_000, "sample": 20}
-    options = training.fill(parser, options, quick if options.quick else full)
+    options = training.fill(parser, options, FORMS["with --quick" if options.quick else ""])
     if options.width % options.heads:
         parser.error(f"argument --width: must be a multiple of --heads {options.heads}, got {options.width}")
     if not options.prompt:

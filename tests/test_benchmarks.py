@@ -1,5 +1,7 @@
 """The benchmarks run in their shortest form and count what they say; how long things take is not tested."""
 
+import math
+import types
 from pathlib import Path
 
 import by_hand
@@ -48,6 +50,63 @@ def test_help_and_bad_output(program, capsys):
     with pytest.raises(SystemExit):
         program.main(["--quick", "--output", str(Path(__file__))])
     assert "argument --output: cannot make the folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("program", "options", "message"),
+    [
+        (cheap_sam, ["--seeds", "0"], "argument --seeds: must be an integer >= 1, got '0'"),
+        (cheap_sam, ["--epochs", "x"], "argument --epochs: must be an integer >= 1, got 'x'"),
+        (cheap_sam, ["--methods", "msam"], "argument --methods: must hold sam, with which the others"),
+        (peers, ["--batch-size", "16", "0"], "argument --batch-size: must be an integer >= 1, got '0'"),
+        (scaling, ["--sizes", "-5"], "argument --sizes: must be an integer >= 10, got '-5'"),
+        (scaling, ["--leaves", "0"], "argument --leaves: must be an integer >= 1, got '0'"),
+        (step_cost, ["--devices", "0"], "argument --devices: must be an integer >= 1, got '0'"),
+        (step_cost, ["--devices", "x"], "argument --devices: must be an integer >= 1, got 'x'"),
+        (step_cost, ["--rounds", "-1"], "argument --rounds: must be an integer >= 0, got '-1'"),
+        (
+            step_cost,
+            ["--devices", "8", "--batch-size", "12"],
+            "argument --devices: the batch of 12 must be a multiple of the 8 devices; --batch-size sets it",
+        ),
+    ],
+)
+def test_bad_options(program, options, message, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        program.main(["--quick", "--output", str(tmp_path), *options])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("program", "names"),
+    [
+        (cheap_sam, "some of sam, 'sam, bfloat16 ascent', "),
+        (scaling, "some of sam, asam, "),
+        (step_cost, "some of sam, asam, "),
+    ],
+)
+def test_help_lists_the_names(program, names, capsys):
+    with pytest.raises(SystemExit):
+        program.main(["--help"])
+    assert names in " ".join(capsys.readouterr().out.split())
+
+
+def test_cheap_sam_shows_the_deviation_of_a_sample():
+    names = {"sgd": [0.70, 0.72, 0.74], "sam": [0.90, 0.91, 0.95]}
+    curves = {name: types.SimpleNamespace(test=np.array(final)[:, None]) for name, final in names.items()}
+    times = dict.fromkeys(names, timing.spread([1.0]))
+    report = cheap_sam.summarize(curves, times, times)
+    assert report["sgd"]["final"]["sd"] == pytest.approx(2.0)
+    assert " 72.0 ± 2.0 |" in cheap_sam.table(report)
+    assert " 92.0 ± 2.6 |" in cheap_sam.table(report)
+
+
+def test_growth_between_equal_sizes_is_not_a_number():
+    rows = [{"size": 10, "seconds": 1.0}, {"size": 10, "seconds": 2.0}, {"size": 20, "seconds": 8.0}]
+    assert scaling.exponent(rows[1:], "size", "seconds") == 2.0
+    assert math.isnan(scaling.exponent(rows[:2], "size", "seconds"))
+    assert math.isnan(scaling.exponent(rows[:1], "size", "seconds"))
 
 
 def test_pairs_of_times():

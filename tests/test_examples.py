@@ -83,6 +83,15 @@ def test_comparison(tmp_path, capsys, monkeypatch):
     )
 
 
+def test_comparison_leaves_out_what_needs_momentum(tmp_path, capsys, monkeypatch):
+    some = {name: digits_recipes.RECIPES[name] for name in ("sam", "msam")}
+    monkeypatch.setattr(compare_variants, "RECIPES", some)
+    options = ["--epochs", "1", "--seeds", "1", "--batch-size", "500", "--base-optimizer", "sgd"]
+    report = compare_variants.main([*options, "--output", str(tmp_path)])
+    assert list(report["arms"]) == ["sgd", "sam, rho 0.7", "momentum, tuned L2 0.02"]
+    assert "Left out: msam, which needs a base optimizer with momentum.\n" in capsys.readouterr().out
+
+
 def test_every_variant_of_the_package_has_a_recipe():
     assert {row.constructor.__name__ for row in table.ROWS} | {"ire"} <= set(digits_recipes.RECIPES)
 
@@ -227,6 +236,11 @@ def test_cnn_learns_with_the_radius_meant_for_it(tmp_path):
         (["--rho", "nan"], "argument --rho: must be a number >= 0, got 'nan'"),
         (["--rho", "inf"], "argument --rho: must be a number >= 0, got 'inf'"),
         (["--variant", "ire", "--rho", "0.1"], "argument --rho: ire has no radius"),
+        (
+            ["--variant", "msam", "--base-optimizer", "sgd"],
+            "argument --base-optimizer: msam needs a base optimizer with momentum, got 'sgd'; choose from "
+            "momentum, nesterov, adam, adamw",
+        ),
         (["--learning-rate", "0"], "argument --learning-rate: must be a number > 0, got '0'"),
         (["--weight-decay", "x"], "argument --weight-decay: must be a number >= 0, got 'x'"),
         (["--label-noise", "1.4"], "argument --label-noise: must be a number from 0 to 1, got '1.4'"),
@@ -254,6 +268,7 @@ def test_help_names_every_option(program, capsys):
         assert f"--{option} " in printed
     for option in ("--batch-size", "--model", "--output", "--quick"):
         assert option in printed
+    assert program.__doc__.strip() in printed
 
 
 def _report(gains, tuned=80.0):
@@ -274,11 +289,19 @@ def _report(gains, tuned=80.0):
     [
         (
             [12.0, 14.0],
-            "sam helps: +13.0 points of final accuracy over momentum (2 of 2 seeds, the worst +12.0)",
+            "sam does better than momentum: +13.0 ± 1.4 points of final accuracy, "
+            "better on 2 and worse on 0 of 2 seeds, at ",
         ),
-        ([4.0, -2.0], "sam helps on average only: +1.0 points"),
-        ([-4.0, -2.0], "sam does not help: -3.0 points of final accuracy against momentum (better on 0 of 2"),
-        ([0.0, 0.0], "sam does not help: +0.0 points"),
+        (
+            [4.0, -2.0],
+            "sam is not clearly different from momentum: +1.0 ± 4.2 points of final accuracy, better",
+        ),
+        (
+            [-4.0, -2.0],
+            "sam does worse than momentum: -3.0 ± 1.4 points of final accuracy, better on 0 and worse",
+        ),
+        ([0.0, 0.0], "sam is not clearly different from momentum: +0.0 ± 0.0 points"),
+        ([12.0], "sam cannot be told from momentum by one seed: +12.0 points of final accuracy, at "),
     ],
 )
 def test_the_sentence_says_what_came_out(gains, words):

@@ -16,10 +16,12 @@ import finetune
 import jax
 import jax.numpy as jnp
 import label_noise
+import landscape
 import numpy as np
 import optax
 import pytest
 import reporting
+from matplotlib.figure import Figure
 
 import optax_sam
 
@@ -35,7 +37,11 @@ ROOT = Path(__file__).parent.parent
         ),
         (
             "finetune",
-            ["all, momentum, 5", "head, momentum, 5", "SAM better by more than two standard errors: "],
+            [
+                "all, momentum, 5",
+                "head, momentum, 5",
+                "SAM better on every seed, and by more than two standard errors: ",
+            ],
         ),
         ("adversarial", ["clean", "FGSM, eps 0.05", "PGD, eps 0.05"]),
         ("federated", ["alpha 0.05, last round", "alpha 100, last round"]),
@@ -79,7 +85,26 @@ def test_help_and_bad_options(program, capsys):
         assert stopped.value.code == code
     printed = capsys.readouterr()
     assert all(option in printed.out for option in ("--seeds", "--output", "--quick"))
+    assert program.__doc__.strip() in printed.out
     assert "argument --seeds: must be an integer >= 1, got '0'" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rho", "0"], "argument --rho: must be a number > 0, got '0'"),
+        (["--size", "1"], "argument --size: must be an integer >= 2, got 1"),
+        (["--output", "/dev/null/x"], "argument --output: cannot make the folder '/dev/null/x'"),
+        (["--figure", "nosuch/p.png"], "argument --figure: there is no folder 'nosuch'"),
+        (["--figure", str(ROOT)], "argument --figure: must be a file, and "),
+        (["--figure", "p.txt"], "argument --figure: must end in .png, .pdf or another kind of picture, got"),
+    ],
+)
+def test_the_landscape_checks_its_options_before_it_trains(options, message, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        landscape.main(["--output", str(tmp_path), *options])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_comparisons_are_paired():
@@ -91,6 +116,50 @@ def test_comparisons_are_paired():
     assert reporting.standard_errors(gain) == pytest.approx(0.25 / 0.75)
     assert "+0.2 ± 1.1" in reporting.comparison_table(report, "accuracy")
     assert "1 of 2" in reporting.comparison_table(report, "accuracy")
+
+
+@pytest.mark.parametrize(
+    ("gains", "word"),
+    [
+        ([1.0, 2.0, 3.0], "better"),
+        ([1.0, 1.0], "better"),  # Without any deviation it is infinitely many standard errors.
+        ([0.1, 0.2, 3.0], "unclear"),  # Better on every seed, but by 1.2 standard errors only.
+        ([5.0, 5.1, 4.9, 5.0, -0.1], "unclear"),  # By 3.9 standard errors, but not on every seed.
+        ([1.0, 1.0, 0.0], "unclear"),
+        ([0.0, 0.0], "unclear"),
+        ([50.0], "unclear"),  # One seed cannot tell.
+    ],
+)
+@pytest.mark.parametrize("lower_is_better", [False, True])
+def test_the_rule_of_what_helps(gains, word, lower_is_better):
+    for sign in (1, -1):
+        gain = reporting.gain_over(
+            sign * np.array(gains), np.zeros(len(gains)), lower_is_better=lower_is_better
+        )
+        better = (sign > 0) != lower_is_better
+        opposite = {"better": "worse", "unclear": "unclear"}
+        assert reporting.judge(gain) == (word if better else opposite[word])
+        assert gain["worst"] == (sign * min(gains) if better else sign * max(gains))
+
+
+def test_finetune_groups_by_the_rule():
+    gains = {"a": [1.0, 2.0, 3.0], "b": [-1.0, -2.0, -3.0], "c": [5.0, 5.0, -0.1]}
+    rows = {name: {"with SAM": {"gain": reporting.gain_over(v, np.zeros(3))}} for name, v in gains.items()}
+    assert finetune.meaning(rows) == (
+        "SAM better on every seed, and by more than two standard errors: a (+2.0).\n"
+        "Worse on every seed, and by more than two: b (-2.0).\n"
+        "Not clearly different: c (+3.3)."
+    )
+
+
+def test_a_band_is_the_mean_and_the_range():
+    axes = Figure().subplots()
+    reporting.band(axes, [1, 2], np.array([[0.0, 4.0], [2.0, 8.0]]), reporting.RED, "sam", "--")
+    (line,), (area,) = axes.lines, axes.collections
+    np.testing.assert_array_equal(line.get_xydata(), [[1, 1], [2, 6]])
+    assert (line.get_label(), line.get_color(), line.get_linestyle()) == ("sam", reporting.RED, "--")
+    bounds = area.get_paths()[0].vertices
+    assert {tuple(corner) for corner in bounds.tolist()} == {(1, 0), (1, 2), (2, 4), (2, 8)}
 
 
 # Wrong labels.

@@ -550,6 +550,17 @@ def test_help_names_the_options(program, capsys):
     printed = capsys.readouterr().out
     for option in ("--epochs", "--seeds", "--output", "--quick", "--rho", "--learning-rate"):
         assert f"{option} " in printed
+    printed = " ".join(printed.split())
+    forms = PROGRAMS[program].FORMS
+    assert f"the training set (default: {forms['']['epochs']}, " in printed
+    assert "with --quick: 2)" in printed
+    assert "paired runs (default: 3, with --quick: 2)" in printed
+
+
+def test_help_tells_defaults_that_differ():
+    forms = {"": {"a": 1, "b": [2, 2]}, "with x": {"a": 1, "b": [2, 2]}, "with y": {"a": 3}}
+    assert training.defaults("a", forms) == "default: 1, with y: 3"
+    assert training.defaults("b", forms) == "default: 2 2, with y: all"
 
 
 @pytest.mark.parametrize(
@@ -581,15 +592,25 @@ def test_the_sentence_says_what_came_out(gains, words, lower_is_better):
     assert report["arms"]["a"]["best"]["mean"] == pytest.approx(40 if lower_is_better else 90)
 
 
-def test_two_seeds_prove_nothing():
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([1.0], "b cannot be told from a by one seed: +100.0 points, at 1.0 times the time."),
+        (
+            [1.0, 0.1],
+            "b is not clearly different from a: +55.0 ± 63.6 points, better on 2 and worse on 0 of 2",
+        ),
+        ([1.0, 0.8], "b does better than a: +90.0 ± 14.1 points, better on 2 and worse on 0 of 2"),
+    ],
+)
+def test_few_seeds_prove_little(values, words):
+    seeds = len(values)
     arms = {
-        name: {"test": np.full((2, 1), value), "seconds": np.ones((2, 1))}
-        for name, value in (("a", 0), ("b", 1))
+        name: {"test": np.array(test)[:, None], "seconds": np.ones((seeds, 1))}
+        for name, test in (("a", [0.0] * seeds), ("b", values))
     }
     report = training.summarize(arms, "a", [training.Column("test", "test")])
-    assert training.verdict(report, "points").startswith(
-        "b is not clearly different from a: +100.0 ± 0.0 points"
-    )
+    assert training.verdict(report, "points").startswith(words)
 
 
 def test_accuracy_counts_every_example_once():

@@ -1,5 +1,7 @@
 """Several processes: one run that hangs, dies and is continued ends where one process ends undisturbed."""
 
+import argparse
+import functools
 import os
 import signal
 import subprocess
@@ -7,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import cifar_resnet
 import multi_host
 import numpy as np
 import pytest
@@ -85,6 +88,41 @@ def test_another_run_in_the_same_directory_is_refused(tmp_path):
     multi_host.prepare(multi_host.parse(["--output", str(tmp_path), "--rho", "0.1", "--fresh"]))
 
 
+@pytest.mark.parametrize("program", [multi_host, cifar_resnet])
+def test_fresh_deletes_a_run_and_nothing_else(program, tmp_path):
+    options = argparse.Namespace(**dict.fromkeys(program.SETTINGS, 1), output=tmp_path, fresh=True)
+    prepare = functools.partial(multi_host.prepare, options, program.SETTINGS, program.FILES)
+    prepare()  # Into an empty folder.
+    run = {
+        multi_host: ["checkpoints/3/arrays", "params.npz", "result.json"],
+        cifar_resnet: ["sgd-seed100/metrics.jsonl", "sam-seed100/checkpoints/1/state", "cifar_resnet.png"],
+    }[program]
+    thesis = tmp_path / "thesis.txt"
+    for path in (*(tmp_path / name for name in run), thesis):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("text")
+    prepare()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["settings.json", "thesis.txt"]
+
+
+@pytest.mark.parametrize("settings", [None, '{"editor.fontSize": 12}', "[1]", "{"])
+@pytest.mark.parametrize("program", [multi_host, cifar_resnet])
+def test_a_folder_without_a_run_is_left_alone(program, settings, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "params.npz").write_text("of another program")
+    if settings is not None:
+        (tmp_path / "settings.json").write_text(settings)
+    before = {path: path.is_file() and path.read_text() for path in tmp_path.iterdir()}
+    options = argparse.Namespace(**dict.fromkeys(program.SETTINGS, 1), output=tmp_path, fresh=True)
+    with pytest.raises(SystemExit, match=r"holds no run of this program; nothing was deleted\."):
+        multi_host.prepare(options, program.SETTINGS, program.FILES)
+    if settings is not None:
+        options.fresh = False
+        with pytest.raises(SystemExit, match=r"settings\.json is not of this program\."):
+            multi_host.prepare(options, program.SETTINGS, program.FILES)
+    assert {path: path.is_file() and path.read_text() for path in tmp_path.iterdir()} == before
+
+
 def test_a_difference_is_told(tmp_path):
     for name, value in (("a", 1.0), ("b", 1.5)):
         (tmp_path / name).mkdir()
@@ -98,6 +136,13 @@ def test_a_difference_is_told(tmp_path):
         (["--process-id", "0"], "--process-id needs --coordinator"),
         (["--cluster", "--check"], "--check needs all processes on this machine"),
         (["--batch-size", "33"], "--batch-size 33 must be a multiple of 2 processes"),
+        (["--cluster", "--fresh"], "--fresh needs all processes on this machine"),
+        (["--num-shards", "3"], "--batch-size 64 must be a multiple of 3 shards"),
+        (["--coordinator", "here:1", "--process-id", "2"], "--process-id must be from 0 to 1, got 2"),
+        (["--num-processes", "0"], "argument --num-processes: must be an integer >= 1, got '0'"),
+        (["--rho", "-1"], "argument --rho: must be a number >= 0, got '-1'"),
+        (["--timeout", "0"], "argument --timeout: must be a number > 0, got '0'"),
+        (["--output", "/dev/null/x"], "argument --output: cannot make the folder '/dev/null/x'"),
     ],
 )
 def test_wrong_arguments(arguments, words, capsys):
