@@ -250,8 +250,8 @@ def meaning(rows: dict[str, Any]) -> str:
         gain = row["with SAM"]["gain"]
         groups[reporting.judge(gain)].append(f"{setting} ({gain['mean']:+.1f})")
     titles = {
-        "better": "SAM better on every seed, and by more than two standard errors",
-        "worse": "Worse on every seed, and by more than two",
+        "better": "SAM better (paired t-test, 5 %)",
+        "worse": "Worse",
         "unclear": "Not clearly different",
     }
     return "\n".join(f"{title}: {'; '.join(groups[key]) or 'nowhere'}." for key, title in titles.items())

@@ -566,12 +566,12 @@ def test_help_tells_defaults_that_differ():
 @pytest.mark.parametrize(
     ("gains", "words"),
     [
-        ([0.1, 0.3, 0.5], "does better than a: +30.0 ± 20.0 points, better on 3 and worse on 0 of 3 seeds"),
+        ([0.3, 0.4, 0.5], "does better than a: +40.0 ± 10.0 points, better on 3 and worse on 0 of 3 seeds"),
         (
             [0.0, 0.1, -0.4],
             "is not clearly different from a: -10.0 ± 26.5 points, better on 1 and worse on 1",
         ),
-        ([-0.3, -0.2, -0.1], "does worse than a: -20.0 ± 10.0 points, better on 0 and worse on 3 of 3 seeds"),
+        ([-0.3, -0.25, -0.2], "does worse than a: -25.0 ± 5.0 points, better on 0 and worse on 3 of 3 seeds"),
     ],
 )
 @pytest.mark.parametrize("lower_is_better", [False, True])
@@ -600,7 +600,8 @@ def test_the_sentence_says_what_came_out(gains, words, lower_is_better):
             [1.0, 0.1],
             "b is not clearly different from a: +55.0 ± 63.6 points, better on 2 and worse on 0 of 2",
         ),
-        ([1.0, 0.8], "b does better than a: +90.0 ± 14.1 points, better on 2 and worse on 0 of 2"),
+        ([1.0, 0.8], "b is not clearly different from a: +90.0 ± 14.1 points, better on 2 and worse on 0"),
+        ([1.0, 0.9], "b does better than a: +95.0 ± 7.1 points, better on 2 and worse on 0 of 2"),
     ],
 )
 def test_few_seeds_prove_little(values, words):
