@@ -36,7 +36,7 @@ def number(
     if isinstance(value, bool) or not isinstance(value, int | float):
         msg = f"`{name}` must be {kind}, got {value!r} of type {type(value).__name__}."
         raise TypeError(msg)
-    whole = not integer or float(value).is_integer()
+    whole = not integer or isinstance(value, int)
     inside = (value > low if above else value >= low) and (value < high if below else value <= high)
     # A number that is not finite is never inside, not even where the range has no end.
     if not (whole and inside and np.isfinite(value)):

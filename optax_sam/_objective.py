@@ -85,7 +85,8 @@ def varying(tree: Any, axis_name: AxisName | None) -> Any:
         for name in (axis_name,) if isinstance(axis_name, str) else axis_name:
             try:
                 x = jax.lax.pcast(x, name, to="varying")
-            except ValueError:  # Marked already, or inside `pmap` or `vmap`, which know no marks.
+            # Marked already, or inside `pmap` or `vmap`, which know no marks: a compiled `vmap` asserts it.
+            except (ValueError, AssertionError):
                 continue
         return x
 
@@ -155,8 +156,8 @@ class Objective:
         here = self._pass(self.ascent_value_and_grad or self.value_and_grad, params, perturbation)
         if not self.share_ascent:
             return here
-        value, gradient = self.average((here.value, here.gradient))
-        return here._replace(value=value, gradient=gradient)
+        value, gradient, displacement = self.average((here.value, here.gradient, here.displacement))
+        return here._replace(value=value, gradient=gradient, displacement=displacement)
 
     def combine(self, clean: Pass, perturbed: Pass | None, statistics: Any = None) -> Evaluation:
         """The pair of the whole batch, from a pass of `ascent_at` and one of `at`.

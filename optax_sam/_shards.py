@@ -106,12 +106,13 @@ def _batch_size(batch: Sequence[Any]) -> int:
 
 def _is_mean(path: Any, leaf: Any) -> bool:
     """Whether a leaf of aux is averaged over the parts (floats) or summed (integers)."""
-    if jnp.issubdtype(leaf.dtype, jnp.inexact):
+    dtype = getattr(leaf, "dtype", type(leaf))
+    if jnp.issubdtype(dtype, jnp.inexact):
         return True
-    if jnp.issubdtype(leaf.dtype, jnp.integer):
+    if jnp.issubdtype(dtype, jnp.integer):
         return False
     msg = (
-        f"aux{jax.tree_util.keystr(path)} has dtype {leaf.dtype}: over shards and microbatches floats are "
+        f"aux{jax.tree_util.keystr(path)} has dtype {dtype}: over shards and microbatches floats are "
         "averaged and integers summed. Return it as one of these."
     )
     raise TypeError(msg)
@@ -122,6 +123,11 @@ def _zeros(like: Any) -> jax.Array:
     if jnp.issubdtype(like.dtype, jnp.inexact):
         return jnp.zeros_like(like, jnp.promote_types(like.dtype, jnp.float32))
     return jnp.zeros_like(like)
+
+
+def _sum_dtype(like: Any) -> Any:
+    """That of a sum over shards: of float16, whose range it might leave, float32."""
+    return jnp.float32 if like.dtype == jnp.float16 else like.dtype
 
 
 def _accumulated(gradient_at: GradientAt, size: int) -> GradientAt:
@@ -142,19 +148,27 @@ def _accumulated(gradient_at: GradientAt, size: int) -> GradientAt:
         # numbers of the microbatches, for it cannot cut an explicitly sharded batch with every JAX.
         parts = jax.tree.map(lambda x: jnp.reshape(x, (size, count, *np.shape(x)[1:])), batch)
 
-        def of_part(number: jax.Array, params: optax.Params) -> Any:
+        def part(number: jax.Array) -> Any:
             def take(x: jax.Array) -> jax.Array:
                 return jax.lax.dynamic_index_in_dim(x, number[0], axis=1, keepdims=False)
 
-            return precise(params, jax.tree.map(take, parts))
+            return jax.tree.map(take, parts)
+
+        def of_part(number: jax.Array, params: optax.Params) -> Any:
+            return precise(params, part(number))
+
+        def as_it_comes(number: jax.Array) -> Any:
+            (value, aux), gradient = gradient_at(params, part(number))
+            jax.tree_util.tree_map_with_path(_is_mean, aux)  # Refuses what has no shape, such as a string.
+            return (value, aux), gradient
 
         numbers = jnp.arange(count)
-        (_, aux), _ = jax.eval_shape(of_part, numbers[:1], params)
+        (_, aux), like = jax.eval_shape(as_it_comes, numbers[:1])
         mean, added = optax.microbatching.AccumulationType.MEAN, optax.microbatching.AccumulationType.SUM
         rules = jax.tree_util.tree_map_with_path(lambda p, x: mean if _is_mean(p, x) else added, aux)
         run = optax.microbatch(of_part, argnums=0, microbatch_size=1, accumulator=((mean, rules), mean))
         (value, aux), gradient = run(numbers, params)
-        return (value, aux), _tree.cast_like(gradient, params)
+        return (value, aux), _tree.cast_like(gradient, like)
 
     return accumulated
 
@@ -266,21 +280,23 @@ def evaluate(
             return one(jax.tree.map(lambda x: x[0], of_round))
         return jax.vmap(one, axis_name=_PLACE)(of_round)
 
+    like = jax.eval_shape(one_round, 0)
     if rounds == 1:
         sums = one_round(0)
     else:
-        like = jax.eval_shape(one_round, 0)
         zeros = varying(jax.tree.map(_zeros, like), objective.axis_name)
 
         def step(sums: Any, number: jax.Array) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, sums, one_round(number)), None
 
         sums, _ = jax.lax.scan(step, zeros, jnp.arange(rounds))
-        sums = _tree.cast_like(sums, like)
+        sums = jax.tree.map(lambda x, y: x.astype(_sum_dtype(y)), sums, like)
     if together > 1:
         # After the rounds: what lies on different devices is then sent once and not in every round.
-        sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
-    evaluation, aux = sums
-    evaluation = objective.average(jax.tree.map(lambda x: (x / count).astype(x.dtype), evaluation))
-    mean = jax.tree_util.tree_map_with_path(lambda p, x: x / count if _is_mean(p, x) else x, aux)
-    return evaluation, mean
+        sums = jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=_sum_dtype(x)), sums)
+
+    def mean(path: Any, total: Any, like: Any) -> Any:
+        return (total / count).astype(like.dtype) if _is_mean(path, like) else total
+
+    evaluation, aux = jax.tree_util.tree_map_with_path(mean, sums, like)
+    return objective.average(evaluation), aux

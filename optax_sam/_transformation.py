@@ -84,12 +84,26 @@ def find_state(state: optax.OptState) -> SAMState:
     sam_state: SAMState = found[0]
     if isinstance(sam_state.rho, float | int):  # Set by hand, as `optax.tree.set(state, rho=0.1)`.
         sam_state = sam_state._replace(rho=jnp.asarray(sam_state.rho))
-    for path, value in optax.tree.get_all_with_path(state, "rho"):
+    for injected in _injected_radii(state):
         # `optax.inject_hyperparams` keeps the radius on its own; what a user writes there counts.
-        if any(getattr(key, "name", None) == "hyperparams" for key in path):
-            (rho,), (like,) = jax.tree.leaves(value), jax.tree.leaves(sam_state.rho)
-            sam_state = sam_state._replace(rho=jnp.asarray(rho, like.dtype))
+        (rho,), (like,) = jax.tree.leaves(injected), jax.tree.leaves(sam_state.rho)
+        sam_state = sam_state._replace(rho=jnp.asarray(rho, like.dtype))
     return sam_state
+
+
+def _injected_radii(state: Any) -> list[Any]:
+    """What `optax.inject_hyperparams` around the variant holds as `rho`; other optimizers have a rho too."""
+    found: list[Any] = []
+
+    def look(node: Any) -> bool:
+        """Looks at one node of the state; false, so that the search goes on into it."""
+        hyperparams = getattr(node, "hyperparams", {})
+        if "rho" in hyperparams and _holds_variant(node.inner_state):
+            found.append(hyperparams["rho"])
+        return False
+
+    jax.tree.leaves(state, is_leaf=look)
+    return found
 
 
 def _check_place(state: Any) -> None:
@@ -143,7 +157,7 @@ def radius(rho: Any, step: jax.Array, params: Any, current: jax.Array | None = N
         # Weakly typed, as the number is that a user may put in its place: nothing is compiled anew.
         return jnp.asarray(float(rho) if current is None else current)
     if current is not None:
-        return jnp.asarray(rho, current.dtype)
+        return jnp.asarray(rho, jnp.result_type(jnp.float32, current))  # Perhaps a number, set by hand.
     leaves = jax.tree.leaves(params)
     return jnp.asarray(rho, jnp.result_type(jnp.float32, *(x.dtype for x in leaves)))
 

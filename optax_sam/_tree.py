@@ -48,8 +48,8 @@ def _largest(leaves: Sequence[jax.Array]) -> jax.Array:
     return largest
 
 
-def _root(total: jax.Array, ord: float = 2.0) -> jax.Array:
-    # The inner `where` keeps the derivative at zero finite, for those who differentiate a step.
+def root(total: jax.Array, ord: float = 2.0) -> jax.Array:
+    """The `ord`-th root of numbers >= 0, with derivative 0 at zero for those who differentiate a step."""
     is_zero = total == 0.0
     safe = jnp.where(is_zero, jnp.ones_like(total), total)
     return jnp.where(is_zero, jnp.zeros_like(total), jnp.sqrt(safe) if ord == 2.0 else safe ** (1.0 / ord))
@@ -111,14 +111,14 @@ def norm(tree: Any, ord: float = 2.0) -> jax.Array:
     """
     if ord == 2.0:
         squares, scale = _scaled_squares(tree)
-        return _root(squares) / scale
+        return root(squares) / scale
     (leaves,) = _bundles(tree)
     largest = _largest(leaves)
     if ord == jnp.inf:
         return largest
     usable = (largest > 0.0) & jnp.isfinite(largest)
     scale = jnp.where(usable, largest, jnp.ones_like(largest))
-    return scale * _root(_total([jnp.sum(jnp.abs(x / scale) ** ord) for x in leaves]), ord)
+    return scale * root(_total([jnp.sum(jnp.abs(x / scale) ** ord) for x in leaves]), ord)
 
 
 def dot(a: Any, b: Any) -> jax.Array:
@@ -138,7 +138,7 @@ def rescale(tree: Any, radius: Any, length: jax.Array) -> Any:
 def plain_norm(tree: Any) -> jax.Array:
     """The 2-norm of what is known to be in the range where squares are accurate, which nothing guards."""
     (leaves,) = _bundles(tree)
-    return _root(_sum_of_squares(leaves))
+    return root(_sum_of_squares(leaves))
 
 
 def unit(tree: Any) -> Any:
@@ -160,7 +160,7 @@ def reject(tree: Any, onto: Any) -> Any:
     squares, scale = _scaled_squares(onto)
     info = jnp.finfo(squares.dtype)
     # The power of two next to the norm: to divide by it is exact, and what is divided can be multiplied.
-    length = jnp.clip(_root(squares) / scale, float(info.tiny), float(info.max) / 4)
+    length = jnp.clip(root(squares) / scale, float(info.tiny), float(info.max) / 4)
     power = jax.lax.reduce_precision(length, info.nexp, 0)
     direction = rescale(upcast(onto), 1.0, power)
     # Those of the direction. Neither `/ x**2` nor `/ x / x`, which XLA makes of it: the square may overflow.
@@ -185,15 +185,18 @@ def all_finite(*trees: Any) -> jax.Array:
 
 
 def keep_finite(new: Any, old: Any) -> Any:
-    """What to remember after a step, entry by entry: where the new is not finite, the old.
+    """What to remember after a step, in the dtypes of the old, entry by entry: where not finite, the old.
 
     By entry, so that it fuses with what computes the new. To know of all gradients that they are finite
     before one of them may be written would cost a copy of them and a pass over memory.
     """
 
     def keep(x: Any, y: Any) -> Any:
-        is_float = jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-        return jnp.where(jnp.isfinite(x), x, y) if is_float else x
+        if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+            return x
+        if jnp.result_type(x) != jnp.result_type(y):
+            x = jnp.asarray(x, jnp.result_type(y))
+        return jnp.where(jnp.isfinite(x), x, y)
 
     return jax.tree.map(keep, new, old)
 

@@ -206,6 +206,12 @@ def sam_value_and_grad(
         if max(positions, default=0) >= len(args):
             msg = f"`argnums` is {argnums}, but only {len(args)} positional arguments were given."
             raise TypeError(msg)
+        if max(split.positions, default=0) >= len(args):
+            msg = (
+                f"`batch_argnums` is {batch_argnums}, but only {len(args)} positional arguments were given: "
+                "pass the batch by position."
+            )
+            raise TypeError(msg)
         raw_params = args[argnums] if isinstance(argnums, int) else tuple(args[i] for i in positions)
         _checks.params(raw_params)
         _check_axis(axis_name)
@@ -224,8 +230,12 @@ def sam_value_and_grad(
                 else:
                     for i, one in zip(positions, cast("tuple[Any, ...]", params), strict=True):
                         filled[i] = one
-                output = fun(*filled, **kwargs)
-                value, aux = output if has_aux else (output, None)
+                output: Any = fun(*filled, **kwargs)
+                pair = output if has_aux else (output, None)
+                if not isinstance(pair, tuple | list) or len(cast("list[Any]", pair)) != 2:
+                    msg = f"With `has_aux=True` `fun` must return a pair, `(loss, aux)`, got {pair!r}."
+                    raise TypeError(msg)
+                value, aux = cast("tuple[Any, Any]", pair)
                 return (value if loss_scale is None else value * loss_scale), (value, aux)
 
             (_, output), gradient = jax.value_and_grad(loss, has_aux=True)(params)

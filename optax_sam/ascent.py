@@ -146,7 +146,9 @@ def normalized(ord: float = 2.0, eps: float = 1e-12) -> AscentRule:
         length = jnp.where(length == 0.0, jnp.ones_like(length), length)
         if ord == 2.0:
             return _tree.rescale(gradient, rho, length)
-        return jax.tree.map(lambda g: rho * jnp.sign(g) * (jnp.abs(g) / length) ** (dual - 1.0), gradient)
+        return jax.tree.map(
+            lambda g: rho * jnp.sign(g) * _tree.root(jnp.abs(g) / length, 1.0 / (dual - 1.0)), gradient
+        )
 
     def length(perturbation: optax.Updates, params: optax.Params) -> jax.Array:
         del params
@@ -247,7 +249,7 @@ def adaptive(
         if granularity == "leaf":
             return _tree.norm(w)
         # A vector has one entry a filter, a scalar is a filter of its own.
-        return jnp.sqrt(jnp.sum(jnp.square(w), axis=_other_axes(w, output_axis), keepdims=True))
+        return _tree.root(jnp.sum(jnp.square(w), axis=_other_axes(w, output_axis), keepdims=True))
 
     def scales(params: optax.Params) -> optax.Params:
         def scale(w: jax.Array, adapts: Any) -> jax.Array:

@@ -31,6 +31,7 @@ CONSTRUCTORS: list[tuple[Any, type[Exception], str]] = [
         r"`steps` must be an integer in the range \[1, inf\), got 0",
     ),
     (lambda: optax_sam.sam(steps=1.5), ValueError, "`steps` must be an integer"),
+    (lambda: optax_sam.sam(steps=2.0), ValueError, "`steps` must be an integer .* got 2.0"),
     (lambda: optax_sam.sam(step_mode="pdg"), ValueError, "`step_mode` must be one of 'pgd', 'split', 'free'"),
     (
         lambda: optax_sam.sam(steps=2, ascent=optax_sam.ascent.unnormalized()),
@@ -287,6 +288,24 @@ UPDATES: list[tuple[Any, type[Exception], str]] = [
 def test_updates(call: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         call()
+
+
+def test_ire_takes_a_curvature_shaped_like_params() -> None:
+    tx = optax_sam.ire(BASE)
+    with pytest.raises(ValueError, match=r"`curvature_updates` must have the shapes of params, got \(2,\)"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, curvature_updates=OTHER_SHAPE)
+
+
+def test_calls_of_another_form() -> None:
+    state, batch = SAM.init(PARAMS), table.batch(8)
+    by_keyword = optax_sam.sam_value_and_grad(table.loss, SAM, num_shards=2, batch_argnums=1)
+    with pytest.raises(TypeError, match=r"`batch_argnums` is 1, but only 1 positional .* batch by position"):
+        by_keyword(PARAMS, batch=batch, state=state)
+    no_aux = optax_sam.sam_value_and_grad(table.loss, SAM, has_aux=True)
+    with pytest.raises(
+        TypeError, match=r"With `has_aux=True` `fun` must return a pair, `\(loss, aux\)`, got"
+    ):
+        no_aux(PARAMS, batch, state=state)
 
 
 def test_bsam_needs_params() -> None:

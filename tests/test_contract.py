@@ -405,6 +405,50 @@ def test_radius_changed_at_run_time(row: Row) -> None:
             np.testing.assert_allclose(metrics.rho, rho, rtol=1e-6)
 
 
+def test_a_radius_set_as_a_number_outside_of_jit() -> None:
+    for rho in (optax.constant_schedule(0.05), jnp.asarray(0.05)):
+        variant, params = optax_sam.sam(rho), table.params()
+        state = optax.tree.set(variant.init(params), rho=0.1)
+        _, state = variant.update(optax_sam.SAMGradients(params, params), state, params)
+        np.testing.assert_allclose(state.rho, 0.05)
+        assert state.rho.dtype == jnp.float32
+
+
+def test_the_rho_of_another_optimizer_is_not_the_radius() -> None:
+    sam = optax_sam.sam(0.05)
+    others = optax.inject_hyperparams(optax.adadelta)(learning_rate=0.1, rho=0.9)
+    radii = [
+        (optax.chain(sam, others), 0.05),
+        (optax.chain(optax.inject_hyperparams(optax_sam.sam)(rho=0.2), others), 0.2),
+    ]
+    for tx, rho in radii:
+        value_and_grad = optax_sam.sam_value_and_grad(table.loss, sam, return_metrics=True)
+        state = tx.init(table.params())
+        *_, metrics = value_and_grad(table.params(), table.batch(), state=state)
+        np.testing.assert_allclose(metrics.rho, rho, rtol=1e-6)
+
+
+def test_memory_keeps_its_dtype() -> None:
+    """Of a user's variant too, and of params of two dtypes: else a `scan` over steps is refused."""
+
+    def descent(gradients: Any, state: Any, params: Any) -> Any:
+        del params
+        mean = jax.tree.map(lambda m, p: 0.9 * m + 0.1 * p, state.memory, gradients.perturbed)
+        return mean, mean
+
+    own = optax_sam.sharpness_aware(0.1, None, descent, optax.tree.zeros_like)
+    with jax.enable_x64(True):
+        half = {"a": jnp.ones(3, jnp.bfloat16)}
+        mixed = {"a": jnp.ones(3, jnp.float32), "b": jnp.ones(2, jnp.float64)}
+        for variant, params in ((own, half), (own, mixed), (optax_sam.looksam(0.1, k=2), mixed)):
+            state = variant.init(params)
+            for _ in range(2):
+                _, new = jax.jit(variant.update)(optax_sam.SAMGradients(params, params), state, params)
+                same = jax.tree.map(lambda x, y: x.dtype == y.dtype, new.memory, state.memory)
+                assert all(jax.tree.leaves(same))
+                state = new
+
+
 @every_row
 def test_copies_and_pickles_keep_the_rule(row: Row) -> None:
     import copy

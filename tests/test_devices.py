@@ -373,6 +373,39 @@ def test_the_metrics_are_the_same_on_all_devices():
     np.testing.assert_allclose(metrics.perturbation_norm, 0.1, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["sam", "msam", "async_sam_perturbed"])
+def test_the_metrics_of_a_global_perturbation(name):
+    """Those of one device with the whole batch, of a rule of a single gradient too."""
+    variant = table.BY_NAME[name].make()
+    params, batch = make_params(), make_batch()
+    state = variant.init(params)
+
+    def run(params, batch, **how):
+        evaluate = optax_sam.sam_value_and_grad(loss, variant, return_metrics=True, **how)
+        return evaluate(params, batch, state=state)[2]
+
+    there = functools.partial(run, axis_name="data")
+    there = jax.shard_map(there, mesh=make_mesh(), in_specs=(P(), P("data")), out_specs=P())
+    for got, want in zip(jax.jit(there)(params, batch), jax.jit(run)(params, batch), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-10 if want.dtype == jnp.float64 else 2e-7)
+
+
+@pytest.mark.parametrize("how", [GLOBAL, LOCAL], ids=["global", "local"])
+def test_an_axis_of_vmap_is_an_axis(how):
+    """A compiled `vmap` knows no marks of what differs between devices."""
+    variant = table.BY_NAME["sam"].make()
+    params, parts = make_params(), make_batch().reshape(DEVICES, -1, 8)
+    state = variant.init(params)
+
+    def run(part):
+        return optax_sam.sam_value_and_grad(loss, variant, **how)(params, part, state=state)
+
+    mapped = jax.jit(jax.vmap(run, axis_name="data", out_axes=None))(parts)
+    how = SHARDS if how is LOCAL else {}
+    on_one = optax_sam.sam_value_and_grad(loss, variant, **how)(params, make_batch(), state=state)
+    chex.assert_trees_all_close(mapped, on_one, rtol=1e-9)
+
+
 def test_devices_agree_on_a_decision_taken_from_the_gradient():
     """A custom rule that skips its second gradient by what it sees must let the devices agree first."""
 

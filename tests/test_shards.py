@@ -129,6 +129,7 @@ def test_aux_floats_are_averaged_and_integers_summed(how):
             "mean": jnp.mean(batch),
             "vector": jnp.mean(batch, axis=0),
             "count": jnp.sum(batch > 0),
+            "size": batch.shape[0],
             "nothing": None,
         }
 
@@ -137,16 +138,21 @@ def test_aux_floats_are_averaged_and_integers_summed(how):
     np.testing.assert_allclose(aux["mean"], jnp.mean(batch), rtol=1e-5)
     np.testing.assert_allclose(aux["vector"], jnp.mean(batch, axis=0), rtol=1e-5)
     assert aux["count"] == jnp.sum(batch > 0)
+    assert aux["size"] == 8  # A Python number is one as well.
     assert jnp.issubdtype(aux["count"].dtype, jnp.integer)
     assert aux["nothing"] is None
 
 
 @by_form
-def test_other_aux_is_refused(how):
+@pytest.mark.parametrize("what", ["flag", "name"])
+def test_other_aux_is_refused(how, what):
     def loss(params, batch):
-        return table.loss(params, batch), {"flag": jnp.all(batch > 0)}
+        return table.loss(params, batch), {what: jnp.all(batch > 0) if what == "flag" else "train"}
 
-    message = r"aux\['flag'\] has dtype bool: over shards and microbatches floats are averaged and integers"
+    kind = {"flag": "bool", "name": ".*str.*"}[what]
+    message = (
+        rf"aux\['{what}'\] has dtype {kind}: over shards and microbatches floats are averaged and integers"
+    )
     with pytest.raises(TypeError, match=message):
         evaluate(SAM, table.params(), table.batch(8), loss=loss, has_aux=True, batch_argnums=1, **how)
 
@@ -203,6 +209,29 @@ def test_many_rounds_do_not_lose_bits_to_half_precision():
     for x, y in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
         assert x.dtype == jnp.bfloat16
         np.testing.assert_allclose(x.astype(jnp.float32), y.astype(jnp.float32), rtol=2**-7)
+
+
+@pytest.mark.parametrize("mode", ["vmap", "loop", 4])
+def test_a_sum_over_shards_may_leave_the_range_of_float16(mode):
+    def loss(params, batch):
+        return (jnp.mean(batch) * params[0]).astype(jnp.float16)
+
+    params, batch = jnp.ones(2, jnp.float16), jnp.full(64, 2e4, jnp.float32)
+    value, pair = evaluate(SAM, params, batch, loss=loss, num_shards=64, shard_mode=mode, batch_argnums=1)
+    assert value.dtype == pair.clean.dtype == jnp.float16
+    np.testing.assert_array_equal([value, pair.clean[0], pair.perturbed[0]], [2e4] * 3)
+
+
+def test_microbatches_keep_small_gradients_of_a_scaled_loss():
+    """They are divided by the scale in float32, where 1e-8 is a number; as a float16 it would be zero."""
+
+    def loss(params, batch):
+        return jnp.sum(params * jnp.float16(1e-4) * jnp.mean(batch, 0))
+
+    params, batch = jnp.ones(2, jnp.float16), jnp.full((8, 2), 1e-4, jnp.float16)
+    run = optax_sam.sam_value_and_grad(loss, SAM, microbatch_size=2, batch_argnums=1)
+    _, pair = run(params, batch, state=SAM.init(params), loss_scale=jnp.float32(8192))
+    np.testing.assert_allclose(pair.clean, 1e-8, rtol=1e-2)
 
 
 def test_noise_differs_between_shards_and_is_reproducible():

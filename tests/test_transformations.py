@@ -70,6 +70,14 @@ def test_ensemble_over_seeds_and_radii() -> None:
             np.testing.assert_allclose(values[i, j], expected_values, rtol=1e-4)
 
 
+def test_derivatives_of_rules_at_zero_are_finite() -> None:
+    """Where a root is taken of a zero: of the entries of a gradient, and of a filter, such as a zero bias."""
+    g, w = jnp.array([0.0, 1.0]), jnp.array([0.0, 2.0])
+    for rule in (optax_sam.ascent.normalized(3.0), optax_sam.ascent.adaptive(granularity="filter")):
+        slope = jax.grad(lambda g, w, rule=rule: jnp.sum(rule(g, 0.1, w) ** 2), argnums=(0, 1))(g, w)
+        assert np.isfinite(np.array(slope)).all()
+
+
 def test_learning_the_radius() -> None:
     """Differentiation through a step with respect to rho, against a finite difference."""
     with jax.enable_x64(True):

@@ -74,7 +74,8 @@ def hessian_sam(
             product = jax.tree.map(lambda p, g: (p - g) / difference, shifted, gradient)
         direction = jax.tree.map(lambda g, p: g + state.rho * p, gradient, product)
         modelled = Pass(
-            value=jnp.full_like(clean.value, jnp.nan),  # No point was visited at which to know it.
+            # No point was visited at which to know it.
+            value=clean.value * jnp.nan if objective.measure else clean.value,
             gradient=_tree.cast_like(direction, params),
             aux=None,
             displacement=clean.displacement,

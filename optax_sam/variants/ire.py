@@ -100,6 +100,7 @@ def ire(
             gradient = as_pair(updates, clean_updates, params=params).clean if has_pair else updates
         if clean_updates is not None:
             extra_args["clean_updates"] = clean_updates
+        _checks.same_shapes("`curvature_updates`", gradient, state.flat)
         base_updates, base_state = base.update(updates, state.base, params, **extra_args)
         due = (state.step >= start_step) & ((state.step - start_step) % interval == 0)
         due &= _tree.all_finite(gradient)
