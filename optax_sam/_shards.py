@@ -270,7 +270,7 @@ def evaluate(
             # The average over devices is taken once, of the averages over shards.
             evaluation, aux = run(objective.on_shard(place * rounds + number, count), shard)
             jax.tree_util.tree_map_with_path(_is_mean, aux)  # Before a sum makes integers of booleans.
-            return evaluation, aux
+            return evaluation, jax.tree.map(jnp.asarray, aux)  # Python's numbers are numbers too.
 
         # Not as the operand of the scan below, which would need a copy of the batch.
         of_round = jax.tree.map(
@@ -280,10 +280,10 @@ def evaluate(
             return one(jax.tree.map(lambda x: x[0], of_round))
         return jax.vmap(one, axis_name=_PLACE)(of_round)
 
-    like = jax.eval_shape(one_round, 0)
     if rounds == 1:
-        sums = one_round(0)
+        sums = like = one_round(0)
     else:
+        like = jax.eval_shape(one_round, 0)
         zeros = varying(jax.tree.map(_zeros, like), objective.axis_name)
 
         def step(sums: Any, number: jax.Array) -> tuple[Any, None]:
