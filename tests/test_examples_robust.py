@@ -40,7 +40,7 @@ ROOT = Path(__file__).parent.parent
             [
                 "all, momentum, 5",
                 "head, momentum, 5",
-                "SAM better on every seed, and by more than two standard errors: ",
+                "SAM better (paired t-test, 5 %): ",
             ],
         ),
         ("adversarial", ["clean", "FGSM, eps 0.05", "PGD, eps 0.05"]),
