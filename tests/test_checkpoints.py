@@ -1,6 +1,5 @@
 """What a run holds survives: in Orbax, in flax.serialization, and a SIGKILL at any step."""
 
-import os
 import random
 import subprocess
 import sys
@@ -15,11 +14,10 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import quick
 import table
 
 import optax_sam
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def trained(row: table.Row) -> Any:
@@ -66,14 +64,13 @@ def test_killed_and_continued(tmp_path: Path) -> None:
     """A real process, killed three times at random moments, ends bit for bit like an undisturbed one."""
     steps, seed = 24, random.randrange(2**32)
     chance = random.Random(seed)
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    environment = quick.environment(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cache"))
 
     def run(name: str, last: int | None = None) -> int:
         """Trains until done, or kills a while after the step `last`. Returns where the run began."""
         directory = tmp_path / name
         directory.mkdir(exist_ok=True)
-        script = [sys.executable, "-W", "error", str(ROOT / "tests" / "interrupted.py")]
+        script = [sys.executable, "-W", "error", str(quick.ROOT / "tests" / "interrupted.py")]
         with (
             (directory / "errors").open("a") as errors,
             subprocess.Popen(

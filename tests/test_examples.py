@@ -1,9 +1,6 @@
 """The digits examples: they run, they compare fairly, and what they claim is true."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import compare_variants
@@ -14,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 import table
 import train_digits
 
 import optax_sam
 
-ROOT = Path(__file__).parent.parent
 SETTING = digits_recipes.Setting("momentum", None, 0.0, steps=20)
 
 
@@ -27,20 +24,8 @@ def _arm(name, setting=SETTING):
     return digits_recipes.variant_arm(name, digits_recipes.RECIPES[name].rho, setting)
 
 
-def _program(name, *options):
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(
-        [sys.executable, "-W", "error", str(ROOT / "examples" / name), *options],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-        check=False,
-    )
-
-
 def test_quick_run_as_a_user_starts_it(tmp_path):
-    done = _program("train_digits.py", "--quick", "--output", str(tmp_path / "out"))
+    done = quick.program("examples/train_digits.py", "--quick", "--output", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     for line in (
         "momentum  ",

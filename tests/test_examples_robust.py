@@ -2,10 +2,6 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import adversarial
 import custom_variant
@@ -20,12 +16,11 @@ import landscape
 import numpy as np
 import optax
 import pytest
+import quick
 import reporting
 from matplotlib.figure import Figure
 
 import optax_sam
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
@@ -49,23 +44,7 @@ ROOT = Path(__file__).parent.parent
     ],
 )
 def test_quick_run_as_a_user_starts_it(program, printed, tmp_path):
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "error",
-            str(ROOT / "examples" / f"{program}.py"),
-            "--quick",
-            "--output",
-            str(tmp_path),
-        ],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-        check=False,
-    )
+    done = quick.program(f"examples/{program}.py", "--quick", "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
     for words in printed:
         assert f"\n{words}" in done.stdout
@@ -96,7 +75,7 @@ def test_help_and_bad_options(program, capsys):
         (["--size", "1"], "argument --size: must be an integer >= 2, got 1"),
         (["--output", "/dev/null/x"], "argument --output: cannot make the folder '/dev/null/x'"),
         (["--figure", "nosuch/p.png"], "argument --figure: there is no folder 'nosuch'"),
-        (["--figure", str(ROOT)], "argument --figure: must be a file, and "),
+        (["--figure", str(quick.ROOT)], "argument --figure: must be a file, and "),
         (["--figure", "p.txt"], "argument --figure: must end in .png, .pdf or another kind of picture, got"),
     ],
 )
@@ -364,4 +343,4 @@ def test_vasso_on_worked_numbers():
 
 
 def test_the_file_of_a_variant_is_short():
-    assert len((ROOT / "examples" / "custom_variant.py").read_text(encoding="utf-8").splitlines()) <= 60
+    assert len((quick.ROOT / "examples" / "custom_variant.py").read_text(encoding="utf-8").splitlines()) <= 60

@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import struct
-import subprocess
 import sys
 import tarfile
 import types
@@ -21,6 +20,7 @@ import mnist_cnn
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import quick
 import reporting
 import training
 import transformer_lm
@@ -28,22 +28,11 @@ from flax import nnx
 
 import optax_sam
 
-ROOT = Path(__file__).parent.parent
 RNG = np.random.default_rng(0)
 
 
 def _program(name, *options):
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    # What is compiled runs for a moment only.
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(ROOT / "examples" / name), *options],
-        env={**os.environ, "PYTHONPATH": path, "XLA_FLAGS": flags},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=240,
-        check=False,
-    )
+    done = quick.program(f"examples/{name}", *options)
     assert done.returncode == 0, done.stderr
     assert "100%" in done.stderr  # The progress bar.
     return done.stdout

@@ -13,8 +13,7 @@ import cifar_resnet
 import multi_host
 import numpy as np
 import pytest
-
-import optax_sam
+import quick
 
 LIMIT = 240.0  # Seconds that a run may take on the slowest machine; then it is killed.
 SETTINGS = ["--steps", "14", "--save-every", "3", "--batch-size", "32"]
@@ -22,13 +21,12 @@ SETTINGS = ["--steps", "14", "--save-every", "3", "--batch-size", "32"]
 
 def start(*arguments):
     """Runs the example as a user does; kills it and all that it has started when time is up."""
-    path = os.pathsep.join([str(Path(optax_sam.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [sys.executable, multi_host.__file__, *SETTINGS, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"PYTHONPATH": path},
+        env=quick.environment(),
         start_new_session=True,
     )
     begin = time.monotonic()

@@ -127,13 +127,15 @@ def looksam(
         def refresh() -> optax.Updates:
             return _tree.keep_finite(by_part(correction, clean, perturbed, lengths), old)
 
+        # The new memory in both kinds of step, so that the old one need not outlive it: a copy of params.
+        memory = _tree.branch(is_due, refresh, lambda: old)
+
         def correct(gradient: Any, unit: Any, length: jax.Array) -> Any:
             weight = jnp.where(is_due, 0.0, alpha * length)
             return jax.tree.map(lambda g, d: g + weight * d, gradient, unit)
 
         # In a step that reuses the memory the perturbed gradient is the clean one.
-        direction = by_part(correct, perturbed, old, lengths)
-        return direction, LookSAMMemory(_tree.branch(is_due, refresh, lambda: old))
+        return by_part(correct, perturbed, memory, lengths), LookSAMMemory(memory)
 
     def init_memory(params: optax.Params) -> LookSAMMemory:
         return LookSAMMemory(_tree.zeros_like(params))
