@@ -7,6 +7,8 @@
 FLOPs and temporary memory are the compiler's own count (of a conditional, that of its larger branch); memory
 of the step that overwrites params and state, as training does: else temporaries also lie in what the step
 returns, and are not counted. Times are paired: all programs take turns, and a ratio is that of one round.
+The rules by hand are what one would write in a script; with `--guarded` they take any finite gradient and
+keep their memory finite, as the library's do.
 With `--devices` the batch is spread over so many (on a CPU simulated) devices, with global and with local
 perturbation. On a GPU the rate of arithmetic is given as a share of what a large product of matrices reaches
 on the same card, and `--trace` writes a profile.
@@ -50,10 +52,13 @@ def options_of(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     add("--devices", type=timing.count(), default=1, help="to spread the batch over (default: 1)")
     counted = "of timing; 0 compiles and counts only (default: %(default)s)"
     add("--rounds", type=timing.count(0), default=15, help=counted)
+    median = "of which the median counts (default: %(default)s)"
+    add("--first-calls", type=timing.count(), default=3, help=median)
+    add("--guarded", action="store_true", help="rules by hand that promise what the library's do")
     add("--trace", type=Path, metavar="DIR", help="write a profile of each program's step")
     options = timing.parse(parser, argv)
     if options.quick:
-        options.rounds, options.size = min(2, options.rounds), "quick"
+        options.rounds, options.first_calls, options.size = min(2, options.rounds), 1, "quick"
     if options.devices > 1:
         import jax
 
@@ -76,17 +81,19 @@ class Program(NamedTuple):
     Attributes:
       compiled: The step.
       arguments: What it is called with.
-      seconds: What its first call waits for: tracing, lowering and compiling.
+      seconds: What each of its first calls waits for: tracing, lowering and compiling.
       temporaries: Bytes of temporary memory, where it overwrites params and state.
     """
 
     compiled: Any
     arguments: tuple[Any, ...]
-    seconds: float
+    seconds: list[float]
     temporaries: int
 
 
-def programs(problem: Any, variants: Sequence[str], devices: int) -> dict[str, Program]:
+def programs(
+    problem: Any, variants: Sequence[str], devices: int, first_calls: int = 1, guarded: bool = False
+) -> dict[str, Program]:
     """The steps by their names in the table."""
     import by_hand
     import jax
@@ -95,7 +102,7 @@ def programs(problem: Any, variants: Sequence[str], devices: int) -> dict[str, P
     from jax.sharding import AxisType, NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    result: dict[str, Program] = {}
+    steps: dict[str, tuple[Any, tuple[Any, ...]]] = {}
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
     spread, same = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
 
@@ -111,19 +118,13 @@ def programs(problem: Any, variants: Sequence[str], devices: int) -> dict[str, P
                 out_specs=P(),
                 check_vma=False,
             )
-        jax.clear_caches()
-        # Of the processor, not of the clock: on a shared machine others would be counted too.
-        begin = time.process_time()
-        compiled = jax.jit(step).lower(*arguments).compile()
-        seconds = time.process_time() - begin
-        overwriting = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
-        result[name] = Program(compiled, arguments, seconds, timing.temporary_bytes(overwriting))
+        steps[name] = step, arguments
 
     for name in ("sgd", *variants):
         rule, remembers, variant = by_hand.RULES[name]
         by_hand_name = name if variant is None else f"{name}, by hand"
         if devices == 1 or variant is None:
-            step = by_hand.hand_step(problem.loss, rule)
+            step = by_hand.hand_step(problem.loss, rule, guarded)
             add(by_hand_name, step, by_hand.hand_state(problem.params, remembers))
         if variant is None:
             continue
@@ -135,15 +136,28 @@ def programs(problem: Any, variants: Sequence[str], devices: int) -> dict[str, P
             step, tx = by_hand.step_of_variant(problem.loss, variant, **how)
             state = tx.init(problem.params)
             add(name + kind, step, state, mapped=bool(how))
-            if name == "looksam":  # The count of steps is a number in the state: the same program.
-                program = result[name + kind]
-                params, state, *rest = program.arguments
-                later = optax.tree.set(state, step=1 + optax.tree.get(state, "step"))
-                result[f"{name}{kind}, reuse"] = program._replace(arguments=(params, later, *rest))
     if devices == 1 and "sam" in variants:
         for kind, opaque in (("opaque", True), ("transparent", False)):
             step, state, _ = by_hand.optax_step(problem.loss, problem.params, opaque=opaque)
             add(f"optax.contrib.sam, {kind}", step, state)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    compiled: dict[str, Any] = {}
+    for _ in range(first_calls):  # In turns: what slows the machine for a while slows all of them.
+        for name, (step, arguments) in steps.items():
+            jax.clear_caches()
+            # Of the processor, not of the clock: on a shared machine others would be counted too.
+            begin = time.process_time()
+            compiled[name] = jax.jit(step).lower(*arguments).compile()
+            seconds[name].append(time.process_time() - begin)
+    result: dict[str, Program] = {}
+    for name, (step, arguments) in steps.items():
+        overwriting = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+        result[name] = Program(compiled[name], arguments, seconds[name], timing.temporary_bytes(overwriting))
+        if name.startswith("looksam") and not name.endswith("by hand"):
+            # The count of steps is a number in the state: the same program.
+            params, state, *rest = arguments
+            later = optax.tree.set(state, step=1 + optax.tree.get(state, "step"))
+            result[f"{name}, reuse"] = result[name]._replace(arguments=(params, later, *rest))
     return result
 
 
@@ -193,10 +207,11 @@ def rows_of(found: dict[str, Program], rounds: int, rate: float | None) -> list[
         )
         partner = partner if partner in found and partner != name else None
         counted = "" if name.endswith("reuse") else f"{twice * timing.flops(compiled) / plain:.3f}"
-        memory, first = f"{temporaries / 1e6:.2f}", f"{seconds:.2f}"
+        memory, first = f"{temporaries / 1e6:.2f}", f"{statistics.median(seconds):.2f}"
         if partner and not name.endswith("reuse"):
             memory += f" ({temporaries / found[partner].temporaries:.2f})"
-            first += f" ({seconds / found[partner].seconds:.2f})"
+            ratios = [a / b for a, b in zip(seconds, found[partner].seconds, strict=True)]
+            first += f" ({statistics.median(ratios):.2f})"
         row = [name, counted, memory, first]
         if times:
             row += [f"{1e3 * statistics.median(times[name]):.2f}", f"{timing.ratio(times, name, 'sgd'):.2f}"]
@@ -230,10 +245,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[list[str]]]:
         if options.devices > 1 and examples is None:
             examples = networks.SIZES[name][options.size][3] * (options.devices if options.quick else 1)
         problem = networks.make(name, options.size, jax.numpy.dtype(options.dtype), examples)
-        found = programs(problem, variants, options.devices)
+        found = programs(problem, variants, options.devices, options.first_calls, options.guarded)
         tables[name] = rows_of(found, options.rounds, rate)
         first = jax.tree.leaves(problem.batch)[0]
-        print(f"\n{name}, {problem.size} params, inputs {first.shape}, {options.dtype}:\n")
+        guards = "; rules by hand with guards" if options.guarded else ""
+        print(f"\n{name}, {problem.size} params, inputs {first.shape}, {options.dtype}{guards}:\n")
         print(timing.markdown(columns, tables[name]), flush=True)
         if options.trace:
             for step, program in found.items():

@@ -119,7 +119,8 @@ def test_pairs_of_times():
     assert f"{timing.spread([1.0, 2.0, 3.0]):.1f}" == "2.0 (1.5-2.5)"
 
 
-def test_handwritten_rules_are_those_of_the_library():
+@pytest.mark.parametrize("guarded", [False, True])
+def test_handwritten_rules_are_those_of_the_library(guarded):
     """What costs are compared with computes the same: params and loss of three steps."""
 
     def loss(params, stats, batch):
@@ -131,7 +132,7 @@ def test_handwritten_rules_are_those_of_the_library():
         ours, theirs = (params, tx.init(params), ()), (params, by_hand.hand_state(params, remembers), ())
         for _ in range(3):
             *ours, value = step(*ours, batch)
-            *theirs, expected = by_hand.hand_step(loss, rule)(*theirs, batch)
+            *theirs, expected = by_hand.hand_step(loss, rule, guarded)(*theirs, batch)
         return (ours[0]["w"], value), (theirs[0]["w"], expected)
 
     def run(params, batch):
@@ -143,3 +144,28 @@ def test_handwritten_rules_are_those_of_the_library():
         for x, y in zip(ours, theirs, strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6, err_msg=name)
     assert len({np.asarray(w).tobytes() for (w, _), _ in ends.values()}) == len(ends)  # Each its own rule.
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_a_guarded_norm_takes_any_finite_gradient(scale):
+    tree = {"a": scale * jnp.array([3.0, 0.0]), "b": scale * jnp.array([[4.0]])}
+    np.testing.assert_allclose(by_hand.guarded_norm(tree), 5 * scale, rtol=1e-6)
+    assert by_hand.guarded_norm({"a": jnp.zeros(2)}) == 0.0
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, (_, remembers, _) in by_hand.RULES.items() if remembers] + ["msam"]
+)
+def test_what_a_guarded_rule_remembers_stays_finite(name):
+    def loss(params, stats, batch):
+        return jnp.sum(params**2 * batch), stats
+
+    rule, remembers, _ = by_hand.RULES[name]
+    params = jnp.ones(3)
+    ends = []
+    for guarded in (False, True):
+        state = by_hand.hand_state(params, remembers)
+        step = jax.jit(by_hand.hand_step(loss, rule, guarded))
+        _, (base, memory, _), _, _ = step(params, state, (), jnp.array([1.0, jnp.nan, 2.0]))
+        ends.append(jnp.all(jnp.isfinite(memory if remembers else base[0].trace)))
+    assert ends == [False, True]
