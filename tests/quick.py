@@ -1,4 +1,4 @@
-"""Options under which XLA compiles two to four times faster, for tests of numbers and not of the program."""
+"""Options under which XLA compiles two to four times faster, for tests of numbers; programs run with them."""
 
 import os
 import subprocess

@@ -127,7 +127,8 @@ def looksam(
         def refresh() -> optax.Updates:
             return _tree.keep_finite(by_part(correction, clean, perturbed, lengths), old)
 
-        # The new memory in both kinds of step, so that the old one need not outlive it: a copy of params.
+        # The direction is made of what comes out here, which in a step that reuses is `old`, and not of `old`
+        # itself: the new memory may then be written over the old one, where else both would be kept.
         memory = _tree.branch(is_due, refresh, lambda: old)
 
         def correct(gradient: Any, unit: Any, length: jax.Array) -> Any:
