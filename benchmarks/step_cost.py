@@ -62,6 +62,8 @@ def options_of(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     if options.devices > 1:
         import jax
 
+        if options.guarded:
+            parser.error("argument --guarded: the rules by hand run on one device only")
         if len(jax.devices()) < options.devices:
             parser.error(f"argument --devices: {options.devices}, but there are {len(jax.devices())}")
         # In the short form each device has the whole batch of the network.
@@ -239,6 +241,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[list[str]]]:
     columns = ["step", "FLOPs, in gradients", "temporary MB (by hand = 1)", "first call, CPU s (by hand = 1)"]
     columns += ["ms", "time (sgd = 1)", "time (by hand = 1)"] if options.rounds else []
     columns += ["of the matmul rate"] if rate else []
+    guards = "; rules by hand with guards" if options.guarded else ""
     tables: dict[str, list[list[str]]] = {}
     for name in options.networks:
         examples = options.batch_size
@@ -248,7 +251,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[list[str]]]:
         found = programs(problem, variants, options.devices, options.first_calls, options.guarded)
         tables[name] = rows_of(found, options.rounds, rate)
         first = jax.tree.leaves(problem.batch)[0]
-        guards = "; rules by hand with guards" if options.guarded else ""
         print(f"\n{name}, {problem.size} params, inputs {first.shape}, {options.dtype}{guards}:\n")
         print(timing.markdown(columns, tables[name]), flush=True)
         if options.trace:
@@ -256,11 +258,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[list[str]]]:
                 with jax.profiler.trace(str(options.trace / name / step.replace(", ", "_"))):
                     jax.block_until_ready(program.compiled(*program.arguments))
     if options.rounds:
-        timing.save(figure(tables), options.output, "step_cost")
+        timing.save(figure(tables, guards), options.output, "step_cost")
     return tables
 
 
-def figure(tables: dict[str, list[list[str]]]) -> Any:
+def figure(tables: dict[str, list[list[str]]], guards: str = "") -> Any:
     """Times in units of SGD's."""
     import timing
 
@@ -275,7 +277,10 @@ def figure(tables: dict[str, list[list[str]]]) -> Any:
         ]
         axes.barh(range(len(rows)), values, color=colours)
         axes.set(
-            yticks=range(len(rows)), yticklabels=[row[0] for row in rows], xlabel="time (sgd = 1)", title=name
+            yticks=range(len(rows)),
+            yticklabels=[row[0] for row in rows],
+            xlabel="time (sgd = 1)",
+            title=f"{name}{guards}",
         )
         axes.invert_yaxis()
         timing.tidy(axes)

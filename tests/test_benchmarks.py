@@ -63,6 +63,12 @@ def test_help_and_bad_output(program, capsys):
         (scaling, ["--leaves", "0"], "argument --leaves: must be an integer >= 1, got '0'"),
         (step_cost, ["--devices", "0"], "argument --devices: must be an integer >= 1, got '0'"),
         (step_cost, ["--devices", "x"], "argument --devices: must be an integer >= 1, got 'x'"),
+        (
+            step_cost,
+            ["--devices", "8", "--guarded"],
+            "argument --guarded: the rules by hand run on one device",
+        ),
+        (step_cost, ["--first-calls", "0"], "argument --first-calls: must be an integer >= 1, got '0'"),
         (step_cost, ["--rounds", "-1"], "argument --rounds: must be an integer >= 0, got '-1'"),
         (
             step_cost,
@@ -144,6 +150,18 @@ def test_handwritten_rules_are_those_of_the_library(guarded):
         for x, y in zip(ours, theirs, strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6, err_msg=name)
     assert len({np.asarray(w).tobytes() for (w, _), _ in ends.values()}) == len(ends)  # Each its own rule.
+
+
+def test_step_cost_against_guarded_rules(tmp_path, capsys):
+    options = ["--quick", "--rounds", "0", "--networks", "mlp", "--variants", "async_sam, perturbed"]
+    tables = [step_cost.main([*options, *how, "--output", str(tmp_path)]) for how in ([], ["--guarded"])]
+    assert capsys.readouterr().out.count("rules by hand with guards") == 1
+    plain, guarded = (dict(zip([row[0] for row in t["mlp"]], t["mlp"], strict=True)) for t in tables)
+    assert plain.keys() == guarded.keys() == {"sgd", "async_sam, perturbed, by hand", "async_sam, perturbed"}
+    # The library's is the same program, by hand the guards are operations more.
+    name = "async_sam, perturbed"
+    assert plain[name][1] == guarded[name][1]
+    assert float(plain[f"{name}, by hand"][1]) < float(guarded[f"{name}, by hand"][1])
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
