@@ -177,7 +177,7 @@ def hand_step(loss: Any, rule: Rule, guarded: bool = False) -> Any:
     """A training step of a rule: `(params, state, stats, batch) -> (params, state, stats, value)`.
 
     Guarded, it keeps two promises that the library makes: no finite gradient is too large or too small for
-    its norm, and what a rule remembers stays finite.
+    its norm, and what a rule remembers stays finite. Inner products stay as they are.
     """
 
     def step(params: Any, state: Any, stats: Any, batch: Any) -> Any:

@@ -280,7 +280,7 @@ def figure(tables: dict[str, list[list[str]]], guards: str = "") -> Any:
             yticks=range(len(rows)),
             yticklabels=[row[0] for row in rows],
             xlabel="time (sgd = 1)",
-            title=f"{name}{guards}",
+            title=f"{name}{guards}".replace("; ", "\n"),  # One line would be cut off.
         )
         axes.invert_yaxis()
         timing.tidy(axes)

@@ -32,13 +32,13 @@ def environment(**more):
     return {**os.environ, "PYTHONPATH": path, "XLA_FLAGS": " ".join(flags), **more}
 
 
-def program(path, *options):
+def program(path, *options, timeout=120):
     """Runs a program of the repository as a user starts it, with warnings as errors."""
     return subprocess.run(
         [sys.executable, "-W", "error", str(ROOT / path), *options],
         env=environment(),
         capture_output=True,
         encoding="utf-8",
-        timeout=240,
+        timeout=timeout,
         check=False,
     )

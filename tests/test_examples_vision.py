@@ -32,7 +32,7 @@ RNG = np.random.default_rng(0)
 
 
 def _program(name, *options):
-    done = quick.program(f"examples/{name}", *options)
+    done = quick.program(f"examples/{name}", *options, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "100%" in done.stderr  # The progress bar.
     return done.stdout
