@@ -14,6 +14,7 @@ from quick import QUICK
 from timing import flops, temporary_bytes
 
 import optax_sam
+from optax_sam import _tree
 
 BASE = by_hand.BASE
 # Batches so large that arithmetic on the params, of which a step has the same whatever the batch, is
@@ -24,7 +25,9 @@ TWO_GRADIENTS = [row for row in table.ROWS if row.evaluations == (2,) and row.al
 
 @functools.cache
 def problem(name: str = "mlp") -> networks.Problem:
-    return networks.make(name, "small", batch_size=BATCHES[name])
+    """A network, or as in "mlp of 128" with so many examples."""
+    network, _, examples = name.partition(" of ")
+    return networks.make(network, "small", batch_size=int(examples or BATCHES[network]))
 
 
 def compiled(step: Any, state: Any, name: str = "mlp", overwrites: bool = False) -> Any:
@@ -73,8 +76,8 @@ def gradients(program: Any, name: str = "mlp") -> float:
 
 
 def small_leaves(name: str = "mlp") -> int:
-    """Bytes of those leaves as the one vector in which they are reduced."""
-    return sum(4 * x.size for x in jax.tree.leaves(problem(name).params) if x.size <= 4096)
+    """Bytes of those leaves as the one vector in which they are reduced, filled up to 4096 entries."""
+    return 4 * max(4096, sum(x.size for x in jax.tree.leaves(problem(name).params) if x.size <= 4096))
 
 
 def allowance(name: str) -> int:
@@ -113,6 +116,19 @@ def test_flops_are_those_of_the_evaluations(row: table.Row) -> None:
         assert 1.99 <= gradients(program) <= 2.02
     excess = flops(program) - max(row.evaluations) * flops(hand("sgd"))
     assert -1 <= excess / problem().size <= row.algebra
+
+
+@pytest.mark.parametrize("rule", ["sam", "asam", "gsam", "wsam", "saner", "extragradient", "async_sam"])
+def test_what_runs_is_two_gradients_of_a_small_batch(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the second pass over gradients whose squares leave the range of floats: others never run it."""
+
+    def usual(_: jax.Array, first_pass: Any, second_pass: Any) -> Any:
+        del second_pass
+        return first_pass()
+
+    monkeypatch.setattr(_tree, "branch", usual)
+    program = library(by_hand.RULES[rule][2], "mlp of 128")
+    assert 1.99 <= gradients(program, "mlp of 128") <= 2.02
 
 
 @pytest.mark.parametrize("rule", [rule for rule in by_hand.RULES if rule not in ("sgd", "sam")])

@@ -99,7 +99,8 @@ def same(
         def pick(classes: RatioClasses, values: Sequence[Any], neutral: float) -> jax.Array:
             picked = jnp.asarray(neutral)
             for members, value in zip(classes[:4], values, strict=True):
-                picked = jnp.where(members, value, picked)
+                if not (isinstance(value, int | float) and value == neutral):  # Else nothing to pick.
+                    picked = jnp.where(members, value, picked)
             return picked
 
         def combine(clean: jax.Array, perturbed: jax.Array) -> jax.Array:
