@@ -100,9 +100,8 @@ def _bundles(*trees: Any) -> list[list[jax.Array]]:
         leaves = [(x.astype(dtype), small) for x, small in zip(column, is_small, strict=True)]
         rest = [x.ravel() for x, small in leaves if small]
         missing = _SMALL - sum(x.size for x in rest)
-        # XLA for CPUs has a library for sums of so many squares, and for fewer compiles three kernels. Not
-        # for inner products, whose factors it would write down.
-        if len(trees) == 1 and 0 < missing <= _SMALL // 2:
+        if 0 < missing <= _SMALL // 2:
+            # XLA for CPUs has a library for sums of so many, and for fewer compiles three kernels.
             rest.append(jnp.zeros(missing, dtype))
         return [x for x, small in leaves if not small] + ([jnp.concatenate(rest)] if rest else [])
 

@@ -532,6 +532,17 @@ def test_a_projection_at_the_edges_of_the_range(exponent):
         np.testing.assert_array_equal(_tree.reject([jnp.asarray(b)], [jnp.asarray(b)])[0], np.zeros(size))
 
 
+@pytest.mark.parametrize("size", [2047, 2048, 3000, 4095, 4096, 4097])
+def test_small_leaves_of_any_number_are_summed(size):
+    """As one vector, which is filled up where it is a little too short for XLA's library."""
+    rng = np.random.default_rng(size)
+    tree = [jnp.asarray(rng.normal(size=n), jnp.float32) for n in (7, size - 7)]
+    (norm, *_), _ = norms(tree)
+    np.testing.assert_allclose(np.float64(norm), exact_norm(tree, 1.0), rtol=3e-6)
+    for reject in (REJECT, _tree.reject):  # As where GSAM has a radius of zero.
+        np.testing.assert_array_equal(exact(reject(tree, tree)), np.zeros(size))
+
+
 def some_leaves(params):
     """A mask: the leaves whose names come first."""
     return {name: name == "a" for name in params}
