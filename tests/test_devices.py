@@ -207,14 +207,32 @@ def test_norms_of_sharded_leaves(kind):
         direction, _ = variant.update(optax_sam.SAMGradients(params, other), variant.init(params), params)
         return rule(params, 0.1, params), direction
 
-    params, other = make_params(), jax.tree.map(jnp.cos, make_params())
+    params = make_params() | {"long": jnp.linspace(-1, 1, 3000)}
+    other = jax.tree.map(jnp.cos, params)
     mesh = make_mesh(kind)
     shardings = jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec), SHARDED, is_leaf=lambda x: isinstance(x, P)
+        lambda spec: NamedSharding(mesh, spec), SHARDED | {"long": P()}, is_leaf=lambda x: isinstance(x, P)
     )
     with jax.set_mesh(mesh):
         found = jax.jit(measured)(*jax.device_put((params, other), (shardings, shardings)))
     chex.assert_trees_all_close(jax.device_get(found), measured(params, other), rtol=1e-12)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_small_leaves_of_each_device(check_vma):
+    """Whose vector is a little too short for XLA's library, and filled up."""
+    rows = np.random.default_rng(0).normal(size=(DEVICES, 3000))
+
+    def measured(x):
+        return optax_sam.ascent.normalized()([x[0, :7], x[0, 7:]], 0.1, None)
+
+    spread = jax.shard_map(
+        measured, mesh=make_mesh(), in_specs=P("data"), out_specs=P("data"), check_vma=check_vma
+    )
+    first, rest = jax.jit(spread)(rows)
+    expected = 0.1 * rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    np.testing.assert_allclose(first.reshape(DEVICES, -1), expected[:, :7], rtol=1e-9)
+    np.testing.assert_allclose(rest.reshape(DEVICES, -1), expected[:, 7:], rtol=1e-9)
 
 
 def compile_step(step, tx, *, form, how, base=None):
