@@ -53,7 +53,7 @@ def root(total: jax.Array, ord: float = 2.0) -> jax.Array:
     is_zero = total == 0.0
     safe = jax.lax.select(is_zero, jnp.ones_like(total), total)
     safe = jnp.sqrt(safe) if ord == 2.0 else safe ** (1.0 / ord)
-    return jax.lax.select(is_zero, total, safe)
+    return jax.lax.select(is_zero, jnp.zeros_like(total), safe)
 
 
 def _sum_of_squares(leaves: Sequence[jax.Array]) -> jax.Array:
