@@ -201,6 +201,13 @@ def keep_finite(new: Any, old: Any) -> Any:
             return x
         if jnp.result_type(x) != jnp.result_type(y):
             x = jnp.asarray(x, jnp.result_type(y))
+        if jnp.shape(x) != jnp.shape(y):
+            msg = (
+                "What a variant remembers must keep its shapes from step to step, got "
+                f"{jnp.shape(x)} where the state holds {jnp.shape(y)}: return the memory in the shapes of "
+                "`init_memory`."
+            )
+            raise ValueError(msg)
         return jax.lax.select(jnp.isfinite(x), x, y)
 
     return jax.tree.map(keep, new, old)

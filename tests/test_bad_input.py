@@ -319,6 +319,16 @@ def test_bsam_sample_needs_its_state() -> None:
         optax_sam.bsam_sample(jax.random.key(0), PARAMS, SAM.init(PARAMS), 10)
 
 
+def test_memory_keeps_its_shapes() -> None:
+    variant = optax_sam.sharpness_aware(
+        0.1, None, lambda pair, *_: (pair.perturbed, jnp.zeros(3)), lambda _: jnp.zeros(())
+    )
+    with pytest.raises(
+        ValueError, match=r"must keep its shapes from step to step, got \(3,\) where the state"
+    ):
+        variant.update(optax_sam.SAMGradients(PARAMS, PARAMS), variant.init(PARAMS), PARAMS)
+
+
 def test_params_with_keys_of_the_pair() -> None:
     """Params that happen to be called clean and perturbed are not taken for a pair of gradients."""
     params = {"clean": jnp.ones(2), "perturbed": jnp.ones(3)}
