@@ -250,7 +250,8 @@ def sharpness_aware(
       descent: `(gradients, state, params) -> (direction, memory)`, where gradients are the
         `SAMGradients` in float32 or better and state is the `SAMState`. If it ends in
         `**extra_args`, it receives those of `update`. None hands on the perturbed gradient.
-      init_memory: `params -> memory`, for variants that remember something.
+      init_memory: `params -> memory`, for variants that remember something; `descent` returns memory of
+        the same shapes.
       evaluate: What to evaluate instead of one ascent step and one perturbed gradient; `ascent` is
         then not used.
       ascent_only: Whether the clean gradient serves the ascent alone and takes no part in the direction:

@@ -537,8 +537,8 @@ def test_small_leaves_of_any_number_are_summed(size):
     """As one vector, which is filled up where it is a little too short for XLA's library."""
     rng = np.random.default_rng(size)
     tree = [jnp.asarray(rng.normal(size=n), jnp.float32) for n in (7, size - 7)]
-    (norm, *_), _ = norms(tree)
-    np.testing.assert_allclose(np.float64(norm), exact_norm(tree, 1.0), rtol=3e-6)
+    for value, ord in zip(norms(tree)[0], (1.0, 2.0, 3.0, np.inf), strict=True):
+        np.testing.assert_allclose(np.float64(value), exact_norm(tree, ord), rtol=3e-6)
     for reject in (REJECT, _tree.reject):  # As where GSAM has a radius of zero.
         np.testing.assert_array_equal(exact(reject(tree, tree)), np.zeros(size))
 
