@@ -42,6 +42,11 @@ def ratio_classes(clean: jax.Array, perturbed: jax.Array) -> RatioClasses:
 Gains = Sequence[optax.ScalarOrSchedule]
 
 
+def _is_number(gain: Any, number: float) -> bool:
+    """Whether it is known before tracing that a gain changes nothing."""
+    return isinstance(gain, int | float) and gain == number
+
+
 def same(
     rho: optax.ScalarOrSchedule = 0.05,
     gains: Gains = (1.0, 1.0, 1.0, 1.0),
@@ -90,7 +95,7 @@ def same(
     _checks.numbers("gains", gains, 4, schedules=True)
     _checks.numbers("clean_gains", clean_gains, 4, schedules=True)
     both = gains, clean_gains
-    uses_clean = not all(isinstance(g, int | float) and g == 0 for g in clean_gains)
+    uses_clean = not all(_is_number(g, 0.0) for g in clean_gains)
 
     def descent(gradients: SAMGradients, state: SAMState, params: optax.Params) -> tuple[optax.Updates, Any]:
         del params
@@ -99,7 +104,7 @@ def same(
         def pick(classes: RatioClasses, values: Sequence[Any], neutral: float) -> jax.Array:
             picked = jnp.asarray(neutral)
             for members, value in zip(classes[:4], values, strict=True):
-                if not (isinstance(value, int | float) and value == neutral):  # Else nothing to pick.
+                if not _is_number(value, neutral):
                     picked = jnp.where(members, value, picked)
             return picked
 
