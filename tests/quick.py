@@ -1,4 +1,7 @@
-"""Options under which XLA compiles two to four times faster, for tests of numbers; programs run with them."""
+"""Options under which XLA compiles two to four times faster, for tests of numbers; programs run with them.
+
+As a program it prints them in the form of `XLA_FLAGS`.
+"""
 
 import os
 import subprocess
@@ -18,7 +21,11 @@ def _accepted(options):
     return True
 
 
-_OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+_OPTIONS = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
 QUICK = {name: value for name, value in _OPTIONS.items() if _accepted({name: value})}
 
 
@@ -42,3 +49,7 @@ def program(path, *options, timeout=120):
         timeout=timeout,
         check=False,
     )
+
+
+if __name__ == "__main__":
+    print(environment()["XLA_FLAGS"])
