@@ -282,7 +282,7 @@ def figure(rows: dict[str, Any], options: argparse.Namespace) -> Figure:
         reporting.style(bottom, xlabel="labels of each class", xticks=options.labels)
     above[0].set_ylabel("test accuracy, %")
     below[0].set_ylabel("gain of SAM, points\n(± standard error)")
-    above[-1].legend(frameon=False, loc="lower right")
+    above[-1].legend(frameon=False, loc="best")
     return picture
 
 

@@ -170,7 +170,9 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
     ]
     for name in rows["SGD"][0]:
         values = {arm: np.array([row[name] for row in rows[arm]]) for arm in rows}
-        cells = [f"{v.mean():.3g} ± {v.std(ddof=min(1, len(v) - 1)):.2g}" for v in values.values()]
+        cells = [
+            f"{v.mean():.3g}" + (f" ± {v.std(ddof=1):.2g}" if len(v) > 1 else "") for v in values.values()
+        ]
         ratio = values["SAM"].mean() / values["SGD"].mean()
         lines.append(f"| {name:<29} | {cells[0]:>17} | {cells[1]:>17} | {ratio:>9.2f} |")
     return "\n".join(lines)

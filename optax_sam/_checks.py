@@ -1,10 +1,12 @@
 """Checks of arguments, each an error that names the argument, what was got and what is right."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 
 def number(
@@ -17,7 +19,7 @@ def number(
     below: bool = False,
     integer: bool = False,
 ) -> None:
-    """Refuses what is not a number in the range; lets traced values and arrays through.
+    """Refuses what is not a number in the range; of a traced one only the shape can be told.
 
     Args:
       name: The argument's name, for the message.
@@ -28,10 +30,10 @@ def number(
       below: Whether the value must be strictly below `high`.
       integer: Whether only whole numbers will do.
     """
-    if isinstance(value, jax.Array):  # Perhaps traced, as under `optax.inject_hyperparams`.
-        return
     kind = "an integer" if integer else "a number"
-    if isinstance(value, np.ndarray | np.generic) and np.ndim(value) == 0:
+    if isinstance(value, jax.Array) and np.ndim(value) == 0 and isinstance(value, Tracer):
+        return  # As under `optax.inject_hyperparams`.
+    if isinstance(value, jax.Array | np.ndarray | np.generic) and np.ndim(value) == 0:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
         msg = f"`{name}` must be {kind}, got {value!r} of type {type(value).__name__}."
@@ -56,6 +58,15 @@ def scalar_or_schedule(name: str, value: Any, *, low: float = 0.0, high: float =
         )
         raise TypeError(msg)
     number(name, value, low=low, high=high)
+
+
+def positions(name: str, value: Any) -> tuple[int, ...]:
+    """The positional arguments that an integer, or a sequence of integers, stands for."""
+    try:
+        return tuple(operator.index(i) for i in (value if isinstance(value, tuple | list) else [value]))
+    except TypeError:
+        msg = f"`{name}` must be an integer or a sequence of integers, got {value!r}."
+        raise TypeError(msg) from None
 
 
 def choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -89,8 +100,8 @@ def params(tree: Any) -> None:
             raise TypeError(msg)
 
 
-def same_shapes(name: str, tree: Any, params: Any) -> None:
-    """Refuses a tree whose structure or shapes are not those of params."""
+def same_shapes(name: str, tree: Any, params: Any, *, updates: bool = False) -> None:
+    """Refuses a tree whose structure or shapes are not those of params; for updates it says what helps."""
     if jax.tree.structure(tree) != jax.tree.structure(params):
         masks = any("MaskedNode" in str(jax.tree.structure(x)) for x in (tree, params))
         advice = (
@@ -102,7 +113,7 @@ def same_shapes(name: str, tree: Any, params: Any) -> None:
         )
         msg = (
             f"{name} must have the structure of params, got\n  {jax.tree.structure(tree)}\n"
-            f"where params have\n  {jax.tree.structure(params)}.\n{advice}"
+            f"where params have\n  {jax.tree.structure(params)}." + (f"\n{advice}" if updates else "")
         )
         raise ValueError(msg)
     leaves = jax.tree_util.tree_leaves_with_path(tree)

@@ -85,8 +85,10 @@ class SpectralDensity(NamedTuple):
         """
         low, high = jnp.min(self.nodes), jnp.max(self.nodes)
         if bandwidth is None:
-            # A spectrum of one point has no width to take a hundredth of.
-            width = jnp.where(high > low, high - low, jnp.maximum(jnp.abs(high), 1.0))
+            # A spectrum of one point, up to rounding, has no width to take a hundredth of.
+            scale = jnp.maximum(jnp.abs(low), jnp.abs(high))
+            is_wide = high - low > 1e-4 * scale
+            width = jnp.where(is_wide, high - low, jnp.where(scale > 0.0, scale, 1.0))
             sigma = 0.01 * width
         else:
             _checks.number("bandwidth", bandwidth, low=0.0, above=True)
@@ -253,12 +255,14 @@ def _closed(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     Where the start vector lies in the span of a few eigenvectors, as with a Hessian of low rank, a
     residual (below the diagonal) vanishes, and all that follows is made of rounding errors or NaN.
     """
+    # Products of a dense matrix leave residuals up to 1e-9 where nothing is left in float64.
+    tolerance = 1e-8 if matrix.dtype == np.float64 else 100 * np.finfo(np.float32).eps
     matrix = matrix.astype(np.float64)
     scale, size = np.abs(matrix[0, 0]), len(matrix)
     for i in range(1, len(matrix)):
         residual = np.abs(matrix[i, i - 1])
         scale = max(scale, residual)
-        if residual <= 100 * np.finfo(np.float32).eps * scale:
+        if residual <= tolerance * scale:
             size = i
             break
     return (matrix[:size, :size] + matrix[:size, :size].T) / 2
@@ -657,6 +661,9 @@ def relative_flatness(
         for i, (path, leaf) in enumerate(leaves)
         if leaf.ndim >= 2
     }
+    if not kernels:
+        msg = "`params` must hold a leaf of two axes or more, the kernel of a layer, got none."
+        raise ValueError(msg)
     _checks.choice("layer", layer, tuple(kernels))
     sample = functools.partial(_layer_samples, loss_fn, kernels[layer], num_samples, params)
     samples = _batches.mean(functools.partial(sample, _checks.key("key", key)), batches, progress=progress)

@@ -234,7 +234,9 @@ def worst_case_sharpness(
 
     The ascent starts at the center and at random points of the border, tries strides of :math:`2\rho`,
     halves the stride where a step did not go up, and keeps the best. What it returns is a lower bound
-    of the maximum; with few steps it is close to it where the loss is close to a quadratic.
+    of the maximum; with few steps it is close to it where the loss is close to a quadratic that curves
+    upwards. Where it curves downwards along most directions, as at a saddle, take 100 steps: with few of
+    them a result of 0 may mean that no way up was found.
 
     Args:
       loss_fn: As for `one_step_sharpness`, and so are params and batches; one perturbation for all
@@ -470,7 +472,7 @@ def _mean_over_sets(
             return _climb(at, start, at(start), rho, ord, steps, jax.lax.fori_loop).value
 
         values = jax.lax.map(from_start, starts)
-        return clean, jnp.fmax(jnp.max(values), clean) - clean
+        return clean, jnp.fmax(jnp.nanmax(values), clean) - clean
 
     whole = size - size % m
     total = jnp.zeros(()), jnp.zeros(())

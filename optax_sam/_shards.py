@@ -77,7 +77,7 @@ def make_split(
     asked = (num_shards, microbatch_size, ascent_examples)
     if all(x is None for x in asked) and (ascent_dtype is None or batch_argnums is None):
         return Split(ascent_dtype=ascent_dtype)
-    positions = (batch_argnums,) if isinstance(batch_argnums, int) else tuple(batch_argnums or ())
+    positions = () if batch_argnums is None else _checks.positions("batch_argnums", batch_argnums)
     if not positions or set(positions) & set(argnums) or min(positions) < 0:
         msg = (
             "`batch_argnums` must name positional arguments other than params (`argnums`), "
@@ -101,7 +101,11 @@ def _batch_size(batch: Sequence[Any]) -> int:
     if len(set(sizes.values())) != 1:
         msg = f"The batch arguments must agree in the number of examples, got {sizes or 'no arrays'}."
         raise ValueError(msg)
-    return next(iter(sizes.values()))
+    size = next(iter(sizes.values()))
+    if size == 0:
+        msg = "The batch arguments must hold at least one example, got none."
+        raise ValueError(msg)
+    return size
 
 
 def _is_mean(path: Any, leaf: Any) -> bool:

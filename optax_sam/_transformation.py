@@ -44,27 +44,30 @@ class SharpnessAwareTransformation(optax.GradientTransformationExtraArgs):
       evaluate: The rule by which `sam_value_and_grad` evaluates the variant's gradients.
       ascent_only: Whether the clean gradient serves the ascent alone, so that one of fewer examples or
         of less precision will do.
+      radius: What the variant calls its radius.
     """
 
     evaluate: Evaluate
     ascent_only: bool
+    radius: str
 
     def __new__(
-        cls, init: Any, update: Any, evaluate: Evaluate, ascent_only: bool = False
+        cls, init: Any, update: Any, evaluate: Evaluate, ascent_only: bool = False, radius: str = "rho"
     ) -> "SharpnessAwareTransformation":
         """Builds the pair of functions and attaches the rule."""
         self = super().__new__(cls, init, update)
         self.evaluate = evaluate
         self.ascent_only = ascent_only
+        self.radius = radius
         return self
 
     def __getnewargs__(self) -> Any:
         """What copies and pickles are built from."""
-        return self.init, self.update, self.evaluate, self.ascent_only
+        return self.init, self.update, self.evaluate, self.ascent_only, self.radius
 
 
-def find_state(state: optax.OptState) -> SAMState:
-    """The one `SAMState` in an optimizer state, with the radius that is in force."""
+def find_state(state: optax.OptState, name: str = "rho") -> SAMState:
+    """The one `SAMState` in an optimizer state, with the radius, of that name, that is in force."""
     found = [value for _, value in optax.tree.get_all_with_path(state, "SAMState")]
     if not found:
         msg = (
@@ -84,22 +87,34 @@ def find_state(state: optax.OptState) -> SAMState:
     sam_state: SAMState = found[0]
     if isinstance(sam_state.rho, float | int):  # Set by hand, as `optax.tree.set(state, rho=0.1)`.
         sam_state = sam_state._replace(rho=jnp.asarray(sam_state.rho))
-    for injected in _injected_radii(state):
+    for injected in _injected_radii(state, name):
         # `optax.inject_hyperparams` keeps the radius on its own; what a user writes there counts.
         (rho,), (like,) = jax.tree.leaves(injected), jax.tree.leaves(sam_state.rho)
         sam_state = sam_state._replace(rho=jnp.asarray(rho, like.dtype))
     return sam_state
 
 
-def _injected_radii(state: Any) -> list[Any]:
-    """What `optax.inject_hyperparams` around the variant holds as `rho`; other optimizers have a rho too."""
+def _injected_radii(state: Any, name: str) -> list[Any]:
+    """What `optax.inject_hyperparams` around the variant holds as radius; other optimizers have a rho too."""
     found: list[Any] = []
 
     def look(node: Any) -> bool:
         """Looks at one node of the state; false, so that the search goes on into it."""
-        hyperparams = getattr(node, "hyperparams", {})
-        if "rho" in hyperparams and _holds_variant(node.inner_state):
-            found.append(hyperparams["rho"])
+        # Also params may have an attribute of that name, and Adam's state holds copies of them.
+        hyperparams: Any = getattr(node, "hyperparams", None)
+        if not (isinstance(hyperparams, Mapping) and name in hyperparams):
+            return False
+        if _holds_variant(getattr(node, "inner_state", ())):
+            if name in getattr(node, "hyperparams_states", ()):
+                msg = (
+                    f"`{name}` is a schedule of `optax.inject_hyperparams`, which evaluates it in the "
+                    "update: the gradients of a step would be taken with the radius of the step before. "
+                    "Give the schedule to the variant, as `optax_sam.sam(schedule)`, or name it in the "
+                    f'static arguments, `optax.inject_hyperparams(..., static_args=("{name}",))'
+                    f"({name}=schedule, ...)`. Its value is in the variant's state all the same, as `rho`."
+                )
+                raise ValueError(msg)
+            found.append(cast("Mapping[str, Any]", hyperparams)[name])
         return False
 
     jax.tree.leaves(state, is_leaf=look)
@@ -121,9 +136,13 @@ def _check_place(state: Any) -> None:
             raise ValueError(msg)
         if type(node) is tuple or isinstance(node, OrderedDict):  # The state of a chain.
             links = list(node.values() if isinstance(node, OrderedDict) else node)
-            before = next((links[:i] for i, link in enumerate(links) if _holds_variant(link)), ())
+            at = next((i for i, link in enumerate(links) if _holds_variant(link)), 0)
+            before = links[:at]
+            if links and isinstance(getattr(links[at], "inner_state", links[at]), SAMState):
+                # Surely a chain, and no tuple of a user's: what it holds may be chains again.
+                before = jax.tree.leaves(before, is_leaf=_is_named_state)
             for link in before:
-                if isinstance(link, tuple) and type(link).__name__.endswith("State"):
+                if _is_named_state(link):
                     msg = (
                         "In a chain the variant comes first. Before it stands a transformation (its state is "
                         f"{type(link).__name__}) that would silently act on both gradients at once, or on "
@@ -134,6 +153,10 @@ def _check_place(state: Any) -> None:
         return False
 
     jax.tree.leaves(state, is_leaf=check)
+
+
+def _is_named_state(x: Any) -> bool:
+    return isinstance(x, tuple) and type(x).__name__.endswith("State")
 
 
 def _holds_variant(state: Any) -> bool:
@@ -149,7 +172,8 @@ def radius(rho: Any, step: jax.Array, params: Any, current: jax.Array | None = N
     """The radius at a step, in float32 or the better dtype of params.
 
     A schedule is evaluated; an array (also a traced one, as under `optax.inject_hyperparams`) is
-    taken as it is; a Python number gives way to the radius in the state, which may have been changed.
+    taken as it is, in a buffer of its own, as a state may be donated; a Python number gives way to the
+    radius in the state, which may have been changed.
     """
     if callable(rho):
         rho = rho(step)
@@ -157,9 +181,9 @@ def radius(rho: Any, step: jax.Array, params: Any, current: jax.Array | None = N
         # Weakly typed, as the number is that a user may put in its place: nothing is compiled anew.
         return jnp.asarray(float(rho) if current is None else current)
     if current is not None:
-        return jnp.asarray(rho, jnp.result_type(jnp.float32, current))  # Perhaps a number, set by hand.
+        return jnp.array(rho, jnp.result_type(jnp.float32, current))  # Perhaps a number, set by hand.
     leaves = jax.tree.leaves(params)
-    return jnp.asarray(rho, jnp.result_type(jnp.float32, *(x.dtype for x in leaves)))
+    return jnp.array(rho, jnp.result_type(jnp.float32, *(x.dtype for x in leaves)))
 
 
 def is_pair(updates: Any, params: Any = None) -> bool:
@@ -311,8 +335,8 @@ def sharpness_aware(
         given = as_pair(updates, clean_updates, statistics, params)
         params = jax.tree.map(jnp.asarray, params)
         like = given.perturbed if params is None else params
-        _checks.same_shapes("The perturbed gradient", given.perturbed, like)
-        _checks.same_shapes("The clean gradient", given.clean, like)
+        _checks.same_shapes("The perturbed gradient", given.perturbed, like, updates=True)
+        _checks.same_shapes("The clean gradient", given.clean, like, updates=True)
         gradients = SAMGradients(*_tree.upcast(tuple(given)))
         if descent is None:
             direction, memory = gradients.perturbed, state.memory
@@ -324,4 +348,4 @@ def sharpness_aware(
         new_state = SAMState(step, radius(rho, step, params, state.rho), memory)
         return _tree.cast_like(direction, like), new_state
 
-    return SharpnessAwareTransformation(init, update, rule, ascent_only)
+    return SharpnessAwareTransformation(init, update, rule, ascent_only, name)

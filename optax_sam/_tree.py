@@ -176,7 +176,8 @@ def reject(tree: Any, onto: Any) -> Any:
 
 
 def into_ball(tree: Any, length: jax.Array, radius: Any) -> Any:
-    """The tree, whose length is given, shortened to the radius where it is longer."""
+    """The tree, whose length is given, shortened to the radius (or its size) where it is longer."""
+    radius = jnp.abs(radius)
     outside = length > radius
     shrink = jnp.where(outside, radius / jnp.where(outside, length, 1.0), 1.0)
     return jax.tree.map(lambda x: shrink * x, tree)

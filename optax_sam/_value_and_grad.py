@@ -20,14 +20,17 @@ class SAMMetrics(NamedTuple):
     """What a run should log about its sharpness-aware steps: scalars in float32 or better.
 
     Attributes:
-      loss: The clean loss; of a variant that evaluates a single gradient, the loss where it did.
+      loss: The clean loss, with `ascent_examples` of these; of a variant that evaluates a single
+        gradient, the loss where it did.
       perturbed_loss: The loss at the perturbed point; NaN where only one point was visited: by a variant
         of a single gradient, and in the steps in which LookSAM reuses its correction.
-      sharpness: Their difference, the estimate of sharpness that comes for free; NaN likewise
-        (`numpy.nanmean` averages what is known).
+      sharpness: Their difference, the estimate of sharpness that comes for free; NaN likewise, and with
+        `ascent_examples`, as the two are then of different examples (`numpy.nanmean` averages what is
+        known).
       clean_norm: Norm of the clean gradient.
       perturbed_norm: Norm of the perturbed gradient.
-      cosine: Cosine of the angle between the two; 1 where one gradient stands for both.
+      cosine: Cosine of the angle between the two, of different examples with `ascent_examples`; 1 where
+        one gradient stands for both.
       perturbation_norm: Norm of the perturbation that was really applied: below rho where rounding to
         the dtype of params swallowed some of it, 0 in a step that was not perturbed. The mean over
         shards where each has its own.
@@ -44,13 +47,13 @@ class SAMMetrics(NamedTuple):
     rho: jax.Array
 
 
-def _metrics(evaluation: Evaluation, rho: jax.Array) -> SAMMetrics:
+def _metrics(evaluation: Evaluation, rho: jax.Array, same_examples: bool) -> SAMMetrics:
     clean, perturbed, _ = evaluation.gradients
     value, perturbed_value = _tree.upcast((evaluation.value, evaluation.perturbed_value))
     return SAMMetrics(
         loss=value,
         perturbed_loss=perturbed_value,
-        sharpness=perturbed_value - value,
+        sharpness=perturbed_value - value if same_examples else jnp.full_like(value, jnp.nan),
         clean_norm=_tree.norm(clean),
         perturbed_norm=_tree.norm(perturbed),
         cosine=_tree.cosine(clean, perturbed),
@@ -59,30 +62,40 @@ def _metrics(evaluation: Evaluation, rho: jax.Array) -> SAMMetrics:
     )
 
 
+@jax.tree_util.register_static
+class _Constant:
+    """What `jit` would not return, a string in aux for example, as a part of the structure of its output."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _is_traced(tree: Any) -> bool:
+    try:
+        leaves = jax.tree.leaves(tree)
+    except ValueError:  # A dict whose keys have no order: `jit` would have refused it.
+        return False
+    return any(isinstance(leaf, Tracer) for leaf in leaves)
+
+
 def _trace_once(function: Callable[..., Any], *trees: Any) -> Callable[..., Any]:
     """The function, such that all calls of it within one trace share one trace of the user's loss.
 
     Outside of a trace every call runs as it stands, operation by operation.
     """
-    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees)):
+    if not any(map(_is_traced, trees)):
         return function
-    constants: dict[int, Any] = {}
-    structures: list[Any] = []
 
-    def arrays_only(*args: Any) -> list[Any]:
-        # aux may hold strings and the like, which `jit` would not return.
-        leaves, structure = jax.tree.flatten(function(*args))
-        constants.update({i: x for i, x in enumerate(leaves) if not isinstance(x, _ARRAY_TYPES)})
-        structures.append(structure)
-        return [x for i, x in enumerate(leaves) if i not in constants]
+    def arrays_only(*args: Any) -> Any:
+        return jax.tree.map(lambda x: x if isinstance(x, _ARRAY_TYPES) else _Constant(x), function(*args))
 
     traced = jax.jit(arrays_only, inline=True)
 
+    def is_constant(x: Any) -> bool:
+        return isinstance(x, _Constant)
+
     def once(*args: Any) -> Any:
-        arrays = iter(traced(*args))
-        structure = structures[-1]
-        leaves = [constants[i] if i in constants else next(arrays) for i in range(structure.num_leaves)]
-        return jax.tree.unflatten(structure, leaves)
+        return jax.tree.map(lambda x: x.value if is_constant(x) else x, traced(*args), is_leaf=is_constant)
 
     return once
 
@@ -185,7 +198,8 @@ def sam_value_and_grad(
             "Elsewhere write `num_shards=K, batch_argnums=...`."
         )
         raise ValueError(msg)
-    positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    positions = _checks.positions("argnums", argnums)
+    is_single = not isinstance(argnums, tuple | list)
     if not variant.ascent_only and not (ascent_examples is None and ascent_dtype is None):
         msg = (
             "`ascent_examples` and `ascent_dtype` make the clean gradient a cheap one, good enough for an "
@@ -202,8 +216,8 @@ def sam_value_and_grad(
         if state is None:
             msg = "`state=` is missing: pass the optimizer's state by keyword, `state=opt_state`."
             raise TypeError(msg)
-        sam_state = find_state(state)
-        if max(positions, default=0) >= len(args):
+        sam_state = find_state(state, variant.radius)
+        if max(positions, default=0) >= len(args) or min(positions, default=0) < -len(args):
             msg = f"`argnums` is {argnums}, but only {len(args)} positional arguments were given."
             raise TypeError(msg)
         if max(split.positions, default=0) >= len(args):
@@ -212,7 +226,7 @@ def sam_value_and_grad(
                 "pass the batch by position."
             )
             raise TypeError(msg)
-        raw_params = args[argnums] if isinstance(argnums, int) else tuple(args[i] for i in positions)
+        raw_params = args[positions[0]] if is_single else tuple(args[i] for i in positions)
         _checks.params(raw_params)
         _check_axis(axis_name)
         sam_state = _fit(sam_state, jax.eval_shape(variant.init, raw_params))
@@ -225,17 +239,15 @@ def sam_value_and_grad(
                 filled = list(args)
                 for i, batch_argument in zip(split.positions, batch, strict=True):
                     filled[i] = batch_argument
-                if isinstance(argnums, int):
-                    filled[argnums] = params
-                else:
-                    for i, one in zip(positions, cast("tuple[Any, ...]", params), strict=True):
-                        filled[i] = one
+                for i, one in zip(positions, (params,) if is_single else cast("Any", params), strict=True):
+                    filled[i] = one
                 output: Any = fun(*filled, **kwargs)
                 pair = output if has_aux else (output, None)
                 if not isinstance(pair, tuple | list) or len(cast("list[Any]", pair)) != 2:
                     msg = f"With `has_aux=True` `fun` must return a pair, `(loss, aux)`, got {pair!r}."
                     raise TypeError(msg)
                 value, aux = cast("tuple[Any, Any]", pair)
+                value = jnp.asarray(value)  # Perhaps a number of Python.
                 return (value if loss_scale is None else value * loss_scale), (value, aux)
 
             (_, output), gradient = jax.value_and_grad(loss, has_aux=True)(params)
@@ -246,7 +258,7 @@ def sam_value_and_grad(
         evaluation, aux = _shards.evaluate(
             split,
             variant.evaluate,
-            _trace_once(loss_and_grad, args, kwargs, state, loss_scale),
+            _trace_once(loss_and_grad, *args, *kwargs.values(), state, loss_scale),
             Objective(
                 axis_name=axis_name,
                 share_ascent=axis_name is not None and perturbation == "global",
@@ -259,7 +271,8 @@ def sam_value_and_grad(
         )
         output = (evaluation.value, aux) if has_aux else evaluation.value
         if return_metrics:
-            return output, evaluation.gradients, _metrics(evaluation, sam_state.rho)
+            metrics = _metrics(evaluation, sam_state.rho, same_examples=ascent_examples is None)
+            return output, evaluation.gradients, metrics
         return output, evaluation.gradients
 
     return value_and_grads

@@ -139,7 +139,7 @@ def normalized(ord: float = 2.0, eps: float = 1e-12) -> AscentRule:
     def perturb(gradient: optax.Updates, rho: Any, params: optax.Params) -> optax.Updates:
         del params
         gradient = _tree.upcast(gradient)
-        if ord == jnp.inf:
+        if dual == 1.0:  # Also of a finite order that is very large.
             return jax.tree.map(lambda g: rho * jnp.sign(g), gradient)
         length = _tree.norm(gradient, dual) + eps
         # A zero gradient with eps = 0 as well: the perturbation is zero, not NaN.
@@ -189,7 +189,15 @@ def unnormalized() -> AscentRule:
 def _broadcast(mask: Mask, params: optax.Params) -> Any:
     """The mask as a pytree of the structure of params."""
     tree = mask(params) if callable(mask) else mask
-    return jax.tree.map(lambda m, subtree: jax.tree.map(lambda _: m, subtree), tree, params)
+    try:
+        return jax.tree.map(lambda m, subtree: jax.tree.map(lambda _: m, subtree), tree, params)
+    except (TypeError, ValueError) as error:
+        msg = (
+            "`mask` must be a pytree of booleans with the structure of params or of their upper levels, or a "
+            f"function of params that returns one, got\n  {jax.tree.structure(tree)}\nwhere params have\n  "
+            f"{jax.tree.structure(params)}."
+        )
+        raise ValueError(msg) from error
 
 
 def adaptive(
@@ -248,8 +256,11 @@ def adaptive(
             return jnp.abs(w)
         if granularity == "leaf":
             return _tree.norm(w)
-        # A vector has one entry a filter, a scalar is a filter of its own.
-        return _tree.root(jnp.sum(jnp.square(w), axis=_other_axes(w, output_axis), keepdims=True))
+        # A vector has one entry a filter, a scalar is a filter of its own. In units of the largest weight.
+        axes = _other_axes(w, output_axis)
+        largest = jnp.max(jnp.abs(w), axis=axes, keepdims=True, initial=0.0)
+        unit = jnp.where(largest > 0.0, largest, jnp.ones_like(largest))
+        return unit * _tree.root(jnp.sum(jnp.square(w / unit), axis=axes, keepdims=True))
 
     def scales(params: optax.Params) -> optax.Params:
         def scale(w: jax.Array, adapts: Any) -> jax.Array:
@@ -354,6 +365,9 @@ def centralize(tree: Any, output_axis: int = -1) -> Any:
     Returns:
       The centralized tree; vectors and scalars as they came.
 
+    Raises:
+      TypeError, ValueError: If `output_axis` is no integer, or no axis of a leaf.
+
     Examples:
       >>> import jax.numpy as jnp, optax_sam
       >>> optax_sam.ascent.centralize(jnp.array([[1.0, 2.0], [3.0, 6.0]]))
@@ -363,6 +377,7 @@ def centralize(tree: Any, output_axis: int = -1) -> Any:
     References:
       Yong et al., `Gradient Centralization <https://arxiv.org/abs/2004.01461>`_, ECCV 2020.
     """
+    _checks.number("output_axis", output_axis, integer=True)
 
     def subtract_mean(x: jax.Array) -> jax.Array:
         return x - jnp.mean(x, axis=_other_axes(x, output_axis), keepdims=True) if x.ndim > 1 else x
@@ -396,6 +411,7 @@ def centralized(
     References:
       Hassan et al., `GCSAM <https://arxiv.org/abs/2501.11584>`_, IEEE Access 2025.
     """
+    _checks.number("output_axis", output_axis, integer=True)
     inner = resolve(rule, "rule")
 
     def perturb(gradient: optax.Updates, rho: Any, params: optax.Params) -> optax.Updates:

@@ -10,7 +10,7 @@ of the weights as much as flatness, and two pictures compare only on the same sc
 
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.flatten_util
@@ -71,7 +71,8 @@ def random_direction(params: optax.Params, key: Any = 0) -> optax.Params:
 
     A filter is what feeds one output: all entries of a leaf with one index on its last axis, as Flax
     and Haiku lay out kernels. Biases and all other leaves of at most one axis stay where they are. A
-    slice along it is the same after a rescaling of the filters that leaves the network as it is.
+    slice along it is the same after a rescaling of whole layers that leaves the network as it is: one
+    factor for all filters of a layer, as what they feed is scaled back filter by filter of the next.
 
     Args:
       params: The params, a pytree of floating-point arrays.
@@ -398,7 +399,9 @@ def trajectory(checkpoints: Iterable[optax.Params]) -> Trajectory:
         msg = f"`checkpoints` must hold three params or more, got {len(flat)}."
         raise ValueError(msg)
     steps = np.stack(flat[:-1]) - flat[-1]
-    _batches.finite("Every checkpoint", jnp.asarray(np.sum(np.abs(steps))))
+    if not np.all(np.isfinite(steps)):
+        msg = "`checkpoints` must be finite, got a NaN or an infinity among them. Has training diverged?"
+        raise ValueError(msg)
     # The small Gram matrix has the same spectrum as the large one of all params.
     squares, left = np.linalg.eigh(steps @ steps.T)
     squares, left = np.maximum(squares[::-1], 0.0), left[:, ::-1]
@@ -469,7 +472,8 @@ def plot_contour(
       result: What `plane` returned.
       axes: The matplotlib axes to draw in; None for those of a new figure.
       path: What `trajectory` returned, drawn over it; the plane must have its directions.
-      levels: The levels of the contours, or how many. Give two pictures the same levels to compare them.
+      levels: The levels of the contours, two or more, or how many. Give two pictures the same levels to
+        compare them.
       log: Whether levels that are not given follow the logarithm of the loss.
       colorbar: Whether to draw the scale beside it; one is enough for pictures with the same levels.
 
@@ -478,6 +482,7 @@ def plot_contour(
 
     Raises:
       ImportError: If the extra `sharpness` is not installed.
+      TypeError, ValueError: If `levels` are not two numbers or more, or how many.
 
     Examples:
       >>> import numpy as np, optax_sam
@@ -489,13 +494,19 @@ def plot_contour(
     """
     axes = _axes(axes)
     losses = np.where(np.isfinite(result.losses), result.losses, np.nan)
-    if isinstance(levels, int):
+    if np.ndim(levels) == 0:
+        _checks.number("levels", levels, low=2, integer=True)
+        levels = int(cast("int", levels))
         low, high = np.nanmin(losses), np.nanmax(losses)
         if log and high > 0.0:
             levels = np.geomspace(max(low, 1e-4 * high), max(high, 1e-30) * (1 + 1e-6), levels)
         else:
-            levels = np.linspace(low, high, levels)
+            # Levels must increase, also on a plane that is flat.
+            levels = np.linspace(low, max(high, low + 1e-6 * max(abs(low), 1.0)), levels)
     levels = np.asarray(levels)
+    if levels.size < 2:
+        msg = f"`levels` must be two increasing numbers or more, or how many, got {levels.tolist()}."
+        raise ValueError(msg)
     norm = _batches.extra("matplotlib.colors").BoundaryNorm(levels, 256, extend="both")
     filled = axes.contourf(
         result.x, result.y, losses.T, levels=levels, norm=norm, cmap="viridis", extend="both"

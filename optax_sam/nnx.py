@@ -24,7 +24,9 @@ def sam_value_and_grad(
     The loss takes NNX objects: the model, and perhaps an `nnx.Rngs`, metrics and the like, by position
     or by keyword. What the loss changes in them, such as the statistics of BatchNorm and the counters of
     random numbers, is afterwards as one ordinary pass would have left it. Both passes start from the
-    same state, so that they draw the same dropout masks.
+    same state, so that they draw the same dropout masks. Variables are all that is handed back, also new
+    ones: plain Python attributes that the loss sets, variables that it deletes and modules that it makes
+    are not.
 
     Args:
       fun: The loss: a function that returns a scalar, or a pair `(scalar, aux)`.
@@ -132,6 +134,9 @@ def sam_value_and_grad(
             copies = nnx.merge(graph, nnx.State({0: by_position}), rest, copy=True)
             both = [y if x is None else x for x, y in zip(others, copies[0], strict=True)]
             output = fun(*both, **keywords, **copies[1])
+            if has_aux and not (isinstance(output, tuple | list) and len(cast("Any", output)) == 2):
+                msg = f"With `has_aux=True` `fun` must return a pair, `(loss, aux)`, got {output!r}."
+                raise TypeError(msg)
             value, aux = output if has_aux else (output, None)
             after = nnx.state(copies, nnx.Not(is_param))
             return value, (aux, _changes(nnx, after, rest) if in_parts else after)

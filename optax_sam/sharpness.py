@@ -1,9 +1,10 @@
 r"""Measures of flatness.
 
-All of them are called as `measure(loss_fn, params, batches, ...)`, where `loss_fn(params, batch)` is the
+Most of them are called as `measure(loss_fn, params, batches, ...)`, where `loss_fn(params, batch)` is the
 mean loss of a batch, and `batches` is one batch or an iterable of batches, over which the measure is
-taken as if they were one. Programs are compiled once per `loss_fn`, so give the same function object to
-repeated calls. Measure a fixed set of training examples, the model as in evaluation, no weight decay.
+taken as if they were one; others say what they take. Programs are compiled once per `loss_fn`, so give
+the same function object to repeated calls. Measure a fixed set of training examples, the model as in
+evaluation, no weight decay.
 
 Two warnings. Measures of the plain Hessian or of a plain ball change when a ReLU network's layers are
 rescaled, one up and the next one down, though the network stays the same (Dinh et al., `Sharp Minima
@@ -18,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_sam import _batches, _checks, _tree
@@ -40,12 +42,13 @@ from optax_sam._neighbourhood import one_step_sharpness as one_step_sharpness
 from optax_sam._neighbourhood import surrogate_gap as surrogate_gap
 from optax_sam._neighbourhood import worst_case_sharpness as worst_case_sharpness
 from optax_sam._objective import SAMGradients
+from optax_sam._transformation import as_pair
 from optax_sam.variants.same import RatioClasses, ratio_classes
 
 
 def _per_class(function: Callable[..., Any], grads: SAMGradients) -> RatioClasses:
     """Applies a function of the trees of masks, clean and perturbed gradients to every class."""
-    clean, perturbed, _ = _tree.upcast(tuple(grads))
+    clean, perturbed, _ = _tree.upcast(tuple(as_pair(grads)))
     leaves = jax.tree.leaves(clean), jax.tree.leaves(perturbed)
     by_leaf = [ratio_classes(c, p) for c, p in zip(*leaves, strict=True)]
     return RatioClasses(*(function(masks, *leaves) for masks in zip(*by_leaf, strict=True)))
@@ -112,7 +115,8 @@ def gradient_ratio_norms(grads: SAMGradients) -> tuple[RatioClasses, RatioClasse
 
     clean = _per_class(lambda masks, c, _: norm_of(masks, c), grads)
     perturbed = _per_class(lambda masks, _, p: norm_of(masks, p), grads)
-    return clean, perturbed, _tree.cosine(grads.clean, grads.perturbed)
+    pair = as_pair(grads)
+    return clean, perturbed, _tree.cosine(pair.clean, pair.perturbed)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -249,7 +253,7 @@ def sam_edge(learning_rate: Any, rho: Any, gradient_norm: Any) -> jax.Array:
       <https://arxiv.org/abs/2309.12488>`_, JMLR 2024. Rewritten so that small radii cancel nothing.
     """
     _check_edge(learning_rate, rho)
-    if not hasattr(gradient_norm, "shape"):
+    if np.ndim(gradient_norm) == 0:
         _checks.number("gradient_norm", gradient_norm, low=0.0)
     rho, gradient_norm = jnp.asarray(rho), jnp.asarray(gradient_norm)
     # Without a radius there is nothing to divide, not even by a zero gradient.
@@ -288,9 +292,9 @@ def usam_edge(learning_rate: Any, rho: Any) -> jax.Array:
 
 
 def _check_edge(learning_rate: Any, rho: Any) -> None:
-    if not hasattr(learning_rate, "shape"):
+    if np.ndim(learning_rate) == 0:
         _checks.number("learning_rate", learning_rate, low=0.0, above=True)
-    if not hasattr(rho, "shape"):
+    if np.ndim(rho) == 0:
         _checks.number("rho", rho, low=0.0)
 
 

@@ -4,9 +4,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 import table
+from flax import nnx
 
 import optax_sam
 
@@ -155,6 +157,20 @@ CONSTRUCTORS: list[tuple[Any, type[Exception], str]] = [
         "`norm` must be one of 'selected', 'all'",
     ),
     (lambda: optax_sam.ascent.fisher(-1.0), ValueError, "`eta`"),
+    (lambda: optax_sam.gcsam(output_axis="x"), TypeError, "`output_axis` must be an integer, got 'x'"),
+    (lambda: optax_sam.ascent.centralized(output_axis=0.5), ValueError, "`output_axis` .*got 0.5"),
+    (lambda: optax_sam.ascent.centralize(jnp.ones((2, 2)), 0.5), ValueError, "`output_axis` .*got 0.5"),
+    (
+        lambda: optax_sam.sam(jnp.asarray(-0.1)),
+        ValueError,
+        r"`rho` must be a number in the range \[0.0, inf\)",
+    ),
+    (lambda: optax_sam.sam(jnp.array([0.1, 0.2])), TypeError, "`rho` must be a number, got Array"),
+    (
+        lambda: optax_sam.sam(steps=np.int64(2), ascent=optax_sam.ascent.unnormalized()),
+        ValueError,
+        "`step_mode='pgd'` projects to a ball",
+    ),
     (lambda: optax_sam.ascent.extrapolated(-1.0), ValueError, "`step_size`"),
     (
         lambda: optax_sam.schedules.rho_from_learning_rate(0.1, 0.5, lr_max=1.0),  # pyright: ignore
@@ -221,6 +237,25 @@ CALLS: list[tuple[Any, type[Exception], str]] = [
     (lambda: evaluate(perturbation="globl"), ValueError, "`perturbation` must be one of 'global', 'local'"),
     (lambda: evaluate(perturbation="local"), ValueError, "`perturbation='local'` needs `axis_name=`"),
     (lambda: evaluate(argnums=5), TypeError, "`argnums` is 5, but only 2 positional arguments"),
+    (lambda: evaluate(argnums=-3), TypeError, "`argnums` is -3, but only 2 positional arguments"),
+    (lambda: evaluate(argnums="w"), TypeError, "`argnums` must be an integer or a sequence of .*got 'w'"),
+    (
+        lambda: evaluate(num_shards=2, batch_argnums="b"),
+        TypeError,
+        "`batch_argnums` must be an integer or a sequence of integers, got 'b'",
+    ),
+    (
+        lambda: optax_sam.sam_value_and_grad(table.loss, SAM, num_shards=1, batch_argnums=1)(
+            PARAMS, table.batch()[:0], state=SAM.init(PARAMS)
+        ),
+        ValueError,
+        "must hold at least one example",
+    ),
+    (
+        lambda: evaluate(optax_sam.sam(ascent=optax_sam.ascent.masked({"layers": True}))),
+        ValueError,
+        "`mask` must be a pytree of booleans with the structure of params",
+    ),
     (
         lambda: evaluate(state=SAM.init(PARAMS), params={"n": jnp.arange(3)}),
         TypeError,
@@ -306,6 +341,24 @@ def test_calls_of_another_form() -> None:
         TypeError, match=r"With `has_aux=True` `fun` must return a pair, `\(loss, aux\)`, got"
     ):
         no_aux(PARAMS, batch, state=state)
+
+
+def test_unusual_input_that_is_right() -> None:
+    """Positions of NumPy, a loss that is a number of Python, a dict whose keys have no order."""
+    state, batch = SAM.init(PARAMS), table.batch(8)
+    how = {"argnums": np.int64(0), "num_shards": 2, "batch_argnums": np.int64(1)}
+    optax_sam.sam_value_and_grad(table.loss, SAM, **how)(PARAMS, batch, state=state)
+    value, *_ = optax_sam.sam_value_and_grad(lambda _: 3.0, SAM, return_metrics=True)(PARAMS, state=state)
+    assert value == 3.0
+    with_options = optax_sam.sam_value_and_grad(lambda w, batch, _: table.loss(w, batch), SAM)
+    with_options(PARAMS, batch, {0: 1.0, "a": 2.0}, state=state)
+
+
+def test_a_loss_of_nnx_without_its_aux() -> None:
+    model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    no_aux = optax_sam.nnx.sam_value_and_grad(lambda m, x: jnp.mean(m(x) ** 2), SAM, has_aux=True)
+    with pytest.raises(TypeError, match=r"With `has_aux=True` `fun` must return a pair"):
+        no_aux(model, table.batch(), state=SAM.init(nnx.state(model, nnx.Param)))
 
 
 def test_bsam_needs_params() -> None:

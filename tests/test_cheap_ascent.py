@@ -227,3 +227,34 @@ def test_wrong_arguments(how, error, words):
         optax_sam.sam_value_and_grad(table.loss, SAM, **{"batch_argnums": 1, **how})(
             params, batch, state=state
         )
+
+
+@pytest.mark.parametrize("how", [{}, {"shard_mode": "loop"}, {"shard_mode": 2}])
+def test_what_aux_holds_besides_arrays_is_of_the_examples_that_were_seen(how):
+    """A number of Python, and a list as long as the batch, though the loss is traced with two batches."""
+    params, batch, state = setting()
+
+    def counted(params, batch):
+        return table.loss(params, batch), {"count": len(batch), "means": [jnp.mean(x) for x in batch]}
+
+    fun = optax_sam.sam_value_and_grad(
+        counted, SAM, has_aux=True, batch_argnums=1, num_shards=4, ascent_examples=2, **how
+    )
+    (_, eager), _ = fun(params, batch, state=state)
+    (_, compiled), _ = jax.jit(fun, compiler_options=QUICK)(params, batch, state=state)
+    for aux in (eager, compiled):
+        assert aux["count"] == 4 * 2
+        expected = batch.reshape(4, 4, 3)[:, :2].mean(axis=(0, 2))
+        np.testing.assert_allclose(jnp.stack(aux["means"]), expected, rtol=1e-9)
+
+
+def test_sharpness_of_different_examples_is_unknown():
+    params, batch, state = setting()
+    for examples, unknown in ((PART, True), (None, False)):
+        fun = optax_sam.sam_value_and_grad(
+            table.loss, SAM, return_metrics=True, batch_argnums=1, ascent_examples=examples
+        )
+        *_, metrics = fun(params, batch, state=state)
+        assert jnp.isnan(metrics.sharpness) == unknown
+        assert jnp.isfinite(metrics.loss)
+        assert jnp.isfinite(metrics.perturbed_loss)

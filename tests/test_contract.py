@@ -1,5 +1,6 @@
 """What every variant must be: a good citizen of Optax and of JAX's transformations."""
 
+import dataclasses
 import functools
 import pickle
 from typing import Any
@@ -269,8 +270,8 @@ def test_inject_hyperparams(row: Row) -> None:
     _, state, metrics = injected_step(params, state, table.batch())
     _, _, later = injected_step(params, state, table.batch())
     np.testing.assert_allclose(later.rho, 0.02, rtol=1e-6)
-    if row.radius == "rho":  # Found under its name at once, and not only after an update.
-        np.testing.assert_allclose(metrics.rho, 0.02, rtol=1e-6)
+    # At once, and not only after an update.
+    np.testing.assert_allclose(metrics.rho, 0.02, rtol=1e-6)
 
 
 @every_row
@@ -430,6 +431,55 @@ def test_the_rho_of_another_optimizer_is_not_the_radius() -> None:
         state = tx.init(table.params())
         *_, metrics = value_and_grad(table.params(), table.batch(), state=state)
         np.testing.assert_allclose(metrics.rho, rho, rtol=1e-6)
+
+
+def test_a_schedule_beside_injected_hyperparameters() -> None:
+    """Named in the static arguments: in every step its own radius."""
+    schedule, params = optax.linear_schedule(0.1, 0.5, 4), table.params()
+    variant = optax_sam.gsam(schedule, 0.4)
+    inject = optax.inject_hyperparams(optax_sam.gsam, static_args=("rho",))
+    tx = optax.chain(inject(rho=schedule, alpha=0.4), optax.sgd(0.01))
+    value_and_grad = optax_sam.sam_value_and_grad(table.loss, variant, return_metrics=True)
+    state, radii = tx.init(params), []
+    for _ in range(4):
+        _, grads, metrics = value_and_grad(params, table.batch(), state=state)
+        radii.append(metrics.perturbation_norm)
+        _, state = tx.update(grads, state, params)
+    np.testing.assert_allclose(radii, [0.1, 0.2, 0.3, 0.4], rtol=1e-5)
+
+
+def test_every_radius_has_a_buffer_of_its_own() -> None:
+    """A state can be donated in which a wrapper keeps the radius too, and the array of a user lives on."""
+    params, rho = table.params(), jnp.asarray(0.05)
+    chain = optax.chain(optax.inject_hyperparams(optax_sam.sam)(rho=0.05), optax.sgd(0.1))
+    for tx in (optax.apply_if_finite(chain, 3), optax.chain(optax_sam.sam(rho), optax.sgd(0.1))):
+        state = jax.jit(lambda s: jax.tree.map(jnp.copy, s), donate_argnums=0)(tx.init(params))
+        _, grads = optax_sam.sam_value_and_grad(table.loss, optax_sam.sam(0.05))(
+            params, table.batch(), state=state
+        )
+        _, state = tx.update(grads.perturbed, state, params, clean_updates=grads.clean)
+        jax.jit(lambda s: jax.tree.map(jnp.copy, s), donate_argnums=0)(state)
+        assert not rho.is_deleted()
+
+
+def test_params_may_have_an_attribute_called_hyperparams() -> None:
+    """Adam's state holds copies of them, in which `optax.inject_hyperparams` is looked for."""
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Model:
+        w: jax.Array
+        hyperparams: Any = dataclasses.field(metadata={"static": True}, default=None)
+
+    def loss(model: Model, batch: jax.Array) -> jax.Array:
+        return jnp.mean((batch @ model.w) ** 2)
+
+    sam, batch = optax_sam.sam(0.1), jnp.ones((3, 2))
+    tx = optax.chain(sam, optax.adam(0.1))
+    for hyperparams in (None, ("rho",)):
+        model = Model(jnp.array([1.0, 2.0]), hyperparams)
+        _, grads = optax_sam.sam_value_and_grad(loss, sam)(model, batch, state=tx.init(model))
+        np.testing.assert_allclose(grads.clean.w, [6.0, 6.0])
 
 
 def test_memory_keeps_its_dtype() -> None:

@@ -206,3 +206,50 @@ def test_vectors_and_functions_are_checked() -> None:
         sharpness.gauss_newton_vector_product(None, output_loss, PARAMS, DATA, PARAMS)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="`output_loss` must be"):
         sharpness.gauss_newton_vector_product(logits_fn, 3, PARAMS, DATA, PARAMS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("outlier", [1e6, 1e8])
+def test_an_outlier_does_not_end_the_search_in_float64(outlier: float) -> None:
+    with jax.enable_x64(True):
+        spectrum = np.r_[outlier, np.linspace(1.0, 10.0, 99)]
+        diagonal = jnp.asarray(spectrum)
+
+        def loss(w: jax.Array, batch: jax.Array) -> jax.Array:
+            return jnp.mean(batch) * jnp.sum(diagonal * w**2) / 2
+
+        pairs = sharpness.top_eigenpairs(loss, jnp.zeros(100), jnp.ones(3), k=3, num_matvecs=95)
+        np.testing.assert_allclose(pairs.values, np.sort(spectrum)[::-1][:3], rtol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_space_that_closes_in_float64_ends_the_search(seed: int) -> None:
+    """A dense matrix of rank 4, and one of three eigenvalues: nothing outside of their spectra comes out."""
+    random = np.random.default_rng(seed)
+    basis = np.linalg.qr(random.normal(size=(150, 150)))[0]
+    spectra = np.r_[np.zeros(146), 1e-3, 2.0, 3.0, 5e4], np.repeat([-4.0, 0.5, 1e3], 50)
+    with jax.enable_x64(True):
+        for spectrum in spectra:
+            matrix = jnp.asarray(basis * spectrum @ basis.T)
+
+            def loss(w: jax.Array, batch: jax.Array, matrix: Any = matrix) -> jax.Array:
+                return jnp.mean(batch) * w @ matrix @ w / 2
+
+            top = len(set(spectrum)) - 1
+            pairs = sharpness.top_eigenpairs(
+                loss, jnp.zeros(150), jnp.ones(3), k=top, num_matvecs=60, key=seed
+            )
+            expected = sorted(set(spectrum), reverse=True)[:top]
+            np.testing.assert_allclose(pairs.values, expected, rtol=1e-6, atol=1e-9 * max(spectrum))
+            density = sharpness.spectral_density(
+                loss, jnp.zeros(150), jnp.ones(3), num_probes=2, num_matvecs=60, key=seed
+            )
+            slack = 1e-9 * max(spectrum)
+            assert (
+                min(spectrum) - slack <= density.nodes.min() <= density.nodes.max() <= max(spectrum) + slack
+            )
+
+
+def test_a_spectrum_as_wide_as_its_rounding_is_smoothed_as_one_point() -> None:
+    nodes = jnp.full((2, 4), 2.0).at[0, 0].add(2.4e-7)
+    grid, curve = _curvature.SpectralDensity(nodes, jnp.full((2, 4), 1 / 8)).smooth()
+    np.testing.assert_allclose(np.trapezoid(curve, grid), 1.0, atol=0.01)

@@ -287,3 +287,12 @@ def test_a_bare_gradient_around_a_variant_says_what_to_do():
     tx = optax_sam.ire(optax.chain(optax_sam.sam(0.1), optax.sgd(0.1)))
     with pytest.raises(TypeError, match="sam_value_and_grad"):
         tx.update(ONES, tx.init(PARAMS), PARAMS)
+
+
+def test_a_fraction_is_exact_beyond_the_whole_numbers_of_float32():
+    """All of 2^24 + 1 coordinates are flat, also the last of them."""
+    with jax.enable_x64(False):
+        gradient = jnp.zeros(2**24 + 1).at[-1].set(1.0)
+        tx = optax_sam.ire(optax.sgd(1.0), 1.0, flat_fraction=1.0)
+        _, state = jax.jit(tx.update)(gradient, tx.init(gradient), gradient)
+        assert bool(state.flat.all())

@@ -132,6 +132,9 @@ class TestSlices:
             landscape.line(bowl, w, ONES, w, chunk_size=0)
         with pytest.raises(ValueError, match="`end` must have the shapes of params"):
             landscape.between(bowl, w, jnp.zeros(3), ONES)
+        with pytest.raises(ValueError, match="`end` must have the structure of params") as caught:
+            landscape.between(bowl, {"a": w}, {"b": w}, ONES)
+        assert "optax" not in str(caught.value)  # Of updates there is no talk here.
         with pytest.raises(ValueError, match=r"`k` .*\[1, 2\], got 3"):
             landscape.eigenvector_directions(bowl, w, ONES, k=3)
 
@@ -167,7 +170,7 @@ class TestTrajectory:
             landscape.trajectory([3 * w, 2 * w, w])
         with pytest.raises(ValueError, match=r"`checkpoints\[1\]` must have the shapes of params"):
             landscape.trajectory([w, jnp.ones(2), w])
-        with pytest.raises(ValueError, match="Every checkpoint must be finite"):
+        with pytest.raises(ValueError, match="`checkpoints` must be finite"):
             landscape.trajectory([w, w * jnp.nan, w])
 
 
@@ -191,6 +194,20 @@ class TestPictures:
             landscape.plot_contour(BOWL._replace(losses=losses), levels=5, colorbar=False).figure.savefig(
                 tmp_path / "plane.png"
             )
+
+    @pytest.mark.parametrize("log", [True, False])
+    @pytest.mark.parametrize("level", [0.0, 2.0, -3.0])
+    def test_contours_of_a_plane_that_is_flat(self, level: float, log: bool, tmp_path: Any) -> None:
+        axes = landscape.plot_contour(BOWL._replace(losses=np.full_like(BOWL.losses, level)), log=log)
+        axes.figure.savefig(tmp_path / "plane.png")
+
+    def test_how_many_contours(self) -> None:
+        landscape.plot_contour(BOWL, levels=np.int64(5))
+        for levels in (0, 1):
+            with pytest.raises(ValueError, match=rf"`levels` must be an integer in the .*got {levels}"):
+                landscape.plot_contour(BOWL, levels=levels)
+        with pytest.raises(ValueError, match=r"`levels` must be two increasing numbers or more.*got \[0.5\]"):
+            landscape.plot_contour(BOWL, levels=[0.5])
 
     def test_surface(self, tmp_path: Any) -> None:
         for largest in (None, 2.0):

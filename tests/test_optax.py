@@ -170,6 +170,16 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "In a chain the variant comes first",
     ),
     "adam": (optax.chain(optax.scale_by_adam(), VARIANT), "the variant comes first.*ScaleByAdamState"),
+    "a whole optimizer": (optax.chain(optax.adamw(0.1), VARIANT), "first.*ScaleByAdamState"),
+    "a chain": (optax.chain(optax.chain(optax.clip(1.0)), VARIANT, BASE), "variant comes first.*EmptyState"),
+    "a chain before an injected variant": (
+        optax.chain(optax.chain(optax.clip(1.0)), optax.inject_hyperparams(optax_sam.wsam)(RHO), BASE),
+        "variant comes first.*EmptyState",
+    ),
+    "a schedule in inject_hyperparams": (
+        optax.chain(optax.inject_hyperparams(optax_sam.wsam)(rho=lambda step: RHO + 0 * step), BASE),
+        r"`rho` is a schedule of `optax.inject_hyperparams`.*static_args=\(\"rho\",\)",
+    ),
 }
 
 

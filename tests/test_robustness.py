@@ -272,3 +272,43 @@ def test_faults(row: table.Row) -> None:
 
     factors = rng.choice([0.0, 1.0, 1e-30, 1e10, 1e25], size=300).astype(np.float32)
     chex.assert_tree_all_finite(run(zip(xs, factors, strict=True))[:2])
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e22])
+@pytest.mark.parametrize("granularity", ["leaf", "filter"])
+def test_sizes_of_weights_of_any_scale(granularity: str, scale: float) -> None:
+    """A perturbation in units of the weights does not depend on theirs."""
+    gradient, weights = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([[3.0, 1.0], [4.0, 2.0]])
+    rule = ascent.adaptive(0.0, granularity=granularity, eps=0.0)
+    expected = rule(gradient, 0.1, weights)
+    np.testing.assert_allclose(rule(gradient, 0.1, weights * scale) / scale, expected, rtol=1e-5)
+
+
+def test_a_leaf_whose_clean_gradient_is_tiny_keeps_its_direction() -> None:
+    """Of LookSAM leaf by leaf: what is orthogonal to (c, 0) in (c, 1) is (0, 1), however small c is."""
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
+    variant = optax_sam.looksam(0.1, 2, per_leaf=True, eps=0.0)
+    for c in (1e-21, 1e-15, 1.0):
+        clean = {"a": jnp.ones(2), "b": jnp.array([c, 0.0])}
+        perturbed = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([c, 1.0])}
+        pair = optax_sam.SAMGradients(clean, perturbed)
+        _, state = variant.update(pair, variant.init(params), params)
+        np.testing.assert_allclose(state.memory.direction["b"], [0.0, 1.0], rtol=1e-6)
+
+
+def test_a_negative_radius_is_one_of_descent() -> None:
+    """As `rho_from_learning_rate(clip=False)` may give one: several steps go where one goes."""
+    params, batch = table.params(), table.batch()
+    norms = []
+    for steps in (1, 2):
+        variant = optax_sam.sam(lambda _: -0.05, steps=steps)
+        value_and_grad = optax_sam.sam_value_and_grad(table.loss, variant, return_metrics=True)
+        _, _, metrics = value_and_grad(params, batch, state=variant.init(params))
+        assert metrics.sharpness < 0.0
+        norms.append(metrics.perturbation_norm)
+    np.testing.assert_allclose(norms, 0.05, rtol=1e-5)
+
+
+def test_a_very_large_order_is_that_of_a_box() -> None:
+    gradient = jnp.array([3.0, -4.0, 0.0])
+    np.testing.assert_allclose(ascent.normalized(1e17)(gradient, 0.1, gradient), [0.1, -0.1, 0.0])

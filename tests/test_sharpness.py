@@ -12,6 +12,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+import optax_sam
 from optax_sam import sharpness
 
 # A quadratic with a negative eigenvalue, far from its stationary point.
@@ -533,6 +534,19 @@ class TestBadInput:
             sharpness.sam_edge(0.1, 0.1, -1.0)
         with pytest.raises(ValueError, match=r"`rho` .*got -1"):
             sharpness.usam_edge(0.1, -1)
+        with pytest.raises(ValueError, match=r"`learning_rate` .*got -0.1"):
+            sharpness.sam_edge(np.float32(-0.1), 0.1, 1.0)
+        with pytest.raises(ValueError, match=r"`rho` .*got -3"):
+            sharpness.usam_edge(0.1, jnp.asarray(-3.0))
+
+    @pytest.mark.parametrize("grads", [jnp.ones(3), (jnp.ones(3), jnp.ones(3))])
+    @pytest.mark.parametrize("measure", [sharpness.gradient_ratio_fractions, sharpness.gradient_ratio_norms])
+    def test_gradients_of_a_step(self, measure: Any, grads: Any) -> None:
+        with pytest.raises(TypeError, match="needs two gradients and got a single one"):
+            measure(grads)
+        pair = optax_sam.SAMGradients(jnp.ones(3), jnp.full(3, 2.0))
+        mapping = {"clean": pair.clean, "perturbed": pair.perturbed}  # What `flax.nnx` makes of them.
+        jax.tree.map(np.testing.assert_array_equal, measure(mapping), measure(pair))
 
     def test_batches(self) -> None:
         with pytest.raises(
@@ -557,6 +571,8 @@ class TestBadInput:
             sharpness.gradient_norm(loss_fn, {}, DATA)
         with pytest.raises(ValueError, match="`layer` must be one of 'first/kernel', 'second/kernel'"):
             sharpness.relative_flatness(loss_fn, NET, DATA, "third")
+        with pytest.raises(ValueError, match="`params` must hold a leaf of two axes or more"):
+            sharpness.relative_flatness(lambda w, _: jnp.sum(w), jnp.ones(3), DATA, "kernel")
         with pytest.raises(TypeError, match="`key` must be a random key"):
             sharpness.average_sharpness(loss_fn, NET, DATA, 0.1, key="seed")
 
@@ -574,3 +590,15 @@ class TestWithoutTheExtra:
         with pytest.raises(ImportError, match=r"needs tqdm.*`pip install optax-sam\[sharpness\]`"):
             sharpness.gradient_norm(small_loss_fn, SMALL, DATA, progress=True)
         assert np.isfinite(sharpness.gradient_norm(small_loss_fn, SMALL, DATA))
+
+
+def test_an_ascent_that_starts_where_the_loss_is_no_number_is_left_out() -> None:
+    """Elsewhere in the ball it rises by 18.3, and no restart makes the largest rise smaller."""
+
+    def barrier(w: jax.Array, batch: jax.Array) -> jax.Array:
+        return -jnp.mean(batch) * jnp.sum(jnp.log(w))
+
+    w, ones = jnp.full(2, 0.05), jnp.ones(4)
+    without = sharpness.m_sharpness(barrier, w, ones, 0.1, 4, restarts=0)
+    for key in range(4):
+        assert sharpness.m_sharpness(barrier, w, ones, 0.1, 4, key=key) >= without > 18.0

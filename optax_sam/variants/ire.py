@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_sam import _checks, _tree
@@ -100,7 +101,7 @@ def ire(
             gradient = as_pair(updates, clean_updates, params=params).clean if has_pair else updates
         if clean_updates is not None:
             extra_args["clean_updates"] = clean_updates
-        _checks.same_shapes("`curvature_updates`", gradient, state.flat)
+        _checks.same_shapes("`curvature_updates`", gradient, state.flat, updates=True)
         base_updates, base_state = base.update(updates, state.base, params, **extra_args)
         due = (state.step >= start_step) & ((state.step - start_step) % interval == 0)
         due &= _tree.all_finite(gradient)
@@ -120,7 +121,13 @@ def _flattest(gradient: optax.Updates, fraction: Any) -> Any:
     """Marks the fraction of all coordinates with the smallest absolute gradient; ties all count."""
     sizes = jax.tree.map(jnp.abs, _tree.upcast(gradient))
     leaves = jax.tree.leaves(sizes)
-    count = jnp.round(fraction * sum(x.size for x in leaves)).astype(jnp.uint32)
+    total = sum(x.size for x in leaves)
+    # Integers of 32 bits are exact; of more coordinates than these can count a share of 1e-7 is lost.
+    number = jnp.uint32 if total < 2**32 else jnp.float32
+    if isinstance(fraction, jax.Array):
+        count = jnp.round(fraction * total).astype(number)
+    else:
+        count = jnp.asarray(np.round(np.float64(fraction) * total).astype(number))
     # Floats that are not negative are ordered as the integers of their bits. So the count-th smallest is
     # found bit by bit: no sort, and nothing is gathered from the devices but counts.
     dtype = jnp.result_type(jnp.float32, *leaves)
@@ -130,9 +137,9 @@ def _flattest(gradient: optax.Updates, fraction: Any) -> Any:
 
     def add_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
         larger = threshold | (one << (highest - i).astype(unsigned))
-        below = jnp.zeros((), jnp.uint32)
+        below = jnp.zeros((), number)
         for x in jax.tree.leaves(bits):
-            below += jnp.sum(x < larger, dtype=jnp.uint32)
+            below += jnp.sum(x < larger, dtype=jnp.uint32).astype(number)
         return jnp.where(below < count, larger, threshold)
 
     threshold = jax.lax.fori_loop(0, highest + 1, add_bit, jnp.zeros((), unsigned))

@@ -103,12 +103,13 @@ def looksam(
     def correction(clean: Any, perturbed: Any, length: jax.Array) -> Any:
         length = jnp.where(length > 0.0, length, jnp.ones_like(length))
         # Not `_tree.reject`: the norm is known, and rounding noise is dealt with below. In units of that
-        # norm, so that nothing has to be guarded.
+        # norm, in which the perturbed gradient, too, is of the order of one, so that nothing has to be
+        # guarded. A single leaf may be far from that.
         inverse = 1.0 / length
         unit = jax.tree.map(lambda c: c * inverse, clean)
         along = _tree.dot(perturbed, unit) * inverse
         rest = jax.tree.map(lambda p, d: p * inverse - along * d, perturbed, unit)
-        size = _tree.plain_norm(rest)
+        size = (_tree.norm if per_leaf else _tree.plain_norm)(rest)
         # What is left of parallel gradients is rounding noise, which must not be scaled up.
         is_noise = size <= 16 * jnp.finfo(size.dtype).eps * jnp.abs(along)
         factor = jnp.where(is_noise, 0.0, length / (length * jnp.where(is_noise, 1.0, size) + eps))

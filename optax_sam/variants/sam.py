@@ -2,6 +2,7 @@
 
 from typing import Any, cast
 
+import jax
 import optax
 
 from optax_sam import _checks, _tree
@@ -63,6 +64,7 @@ def sam(
       appendix C.6. As published, with a guard against a zero gradient.
     """
     _checks.number("steps", steps, low=1, integer=True)
+    steps = steps if isinstance(cast("Any", steps), jax.Array) else int(steps)
     _checks.choice("step_mode", step_mode, ("pgd", "split", "free"))
     rule = ascents.resolve(ascent)
     return sharpness_aware(rho, evaluate=_climb(rule, steps, step_mode), ascent_only=True)
