@@ -31,7 +31,7 @@ def number(
       integer: Whether only whole numbers will do.
     """
     kind = "an integer" if integer else "a number"
-    if isinstance(value, jax.Array) and np.ndim(value) == 0 and isinstance(value, Tracer):
+    if isinstance(value, Tracer) and np.ndim(value) == 0:
         return  # As under `optax.inject_hyperparams`.
     if isinstance(value, jax.Array | np.ndarray | np.generic) and np.ndim(value) == 0:
         value = value.item()
@@ -63,7 +63,7 @@ def scalar_or_schedule(name: str, value: Any, *, low: float = 0.0, high: float =
 def positions(name: str, value: Any) -> tuple[int, ...]:
     """The positional arguments that an integer, or a sequence of integers, stands for."""
     try:
-        return tuple(operator.index(i) for i in (value if isinstance(value, tuple | list) else [value]))
+        return tuple(operator.index(i) for i in ([value] if np.ndim(value) == 0 else value))
     except TypeError:
         msg = f"`{name}` must be an integer or a sequence of integers, got {value!r}."
         raise TypeError(msg) from None

@@ -199,7 +199,7 @@ def sam_value_and_grad(
         )
         raise ValueError(msg)
     positions = _checks.positions("argnums", argnums)
-    is_single = not isinstance(argnums, tuple | list)
+    is_single = np.ndim(cast("Any", argnums)) == 0
     if not variant.ascent_only and not (ascent_examples is None and ascent_dtype is None):
         msg = (
             "`ascent_examples` and `ascent_dtype` make the clean gradient a cheap one, good enough for an "
@@ -247,7 +247,8 @@ def sam_value_and_grad(
                     msg = f"With `has_aux=True` `fun` must return a pair, `(loss, aux)`, got {pair!r}."
                     raise TypeError(msg)
                 value, aux = cast("tuple[Any, Any]", pair)
-                value = jnp.asarray(value)  # Perhaps a number of Python.
+                if isinstance(value, float | int):
+                    value = jnp.asarray(value)
                 return (value if loss_scale is None else value * loss_scale), (value, aux)
 
             (_, output), gradient = jax.value_and_grad(loss, has_aux=True)(params)

@@ -348,6 +348,9 @@ def test_unusual_input_that_is_right() -> None:
     state, batch = SAM.init(PARAMS), table.batch(8)
     how = {"argnums": np.int64(0), "num_shards": 2, "batch_argnums": np.int64(1)}
     optax_sam.sam_value_and_grad(table.loss, SAM, **how)(PARAMS, batch, state=state)
+    both = optax_sam.sam_value_and_grad(lambda a, b: jnp.sum(a * b), SAM, range(2))
+    _, grads = both(jnp.ones(2), jnp.ones(2), state=SAM.init((jnp.ones(2), jnp.ones(2))))
+    assert len(grads.clean) == 2
     value, *_ = optax_sam.sam_value_and_grad(lambda _: 3.0, SAM, return_metrics=True)(PARAMS, state=state)
     assert value == 3.0
     with_options = optax_sam.sam_value_and_grad(lambda w, batch, _: table.loss(w, batch), SAM)
