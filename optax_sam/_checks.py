@@ -69,6 +69,15 @@ def positions(name: str, value: Any) -> tuple[int, ...]:
         raise TypeError(msg) from None
 
 
+def value_and_aux(output: Any) -> tuple[Any, Any]:
+    """What a loss with aux returns, or an error if it is no pair."""
+    if not isinstance(output, tuple | list) or len(cast("list[Any]", output)) != 2:
+        msg = f"With `has_aux=True` `fun` must return a pair, `(loss, aux)`, got {output!r}."
+        raise TypeError(msg)
+    value, aux = cast("list[Any]", output)
+    return value, aux
+
+
 def choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Refuses what is not one of the names."""
     if value not in choices:

@@ -242,11 +242,7 @@ def sam_value_and_grad(
                 for i, one in zip(positions, (params,) if is_single else cast("Any", params), strict=True):
                     filled[i] = one
                 output: Any = fun(*filled, **kwargs)
-                pair = output if has_aux else (output, None)
-                if not isinstance(pair, tuple | list) or len(cast("list[Any]", pair)) != 2:
-                    msg = f"With `has_aux=True` `fun` must return a pair, `(loss, aux)`, got {pair!r}."
-                    raise TypeError(msg)
-                value, aux = cast("tuple[Any, Any]", pair)
+                value, aux = _checks.value_and_aux(output) if has_aux else (output, None)
                 if isinstance(value, float | int):
                     value = jnp.asarray(value)
                 return (value if loss_scale is None else value * loss_scale), (value, aux)

@@ -6,7 +6,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from optax_sam import _value_and_grad
+from optax_sam import _checks, _value_and_grad
 from optax_sam._transformation import SharpnessAwareTransformation
 
 
@@ -134,10 +134,7 @@ def sam_value_and_grad(
             copies = nnx.merge(graph, nnx.State({0: by_position}), rest, copy=True)
             both = [y if x is None else x for x, y in zip(others, copies[0], strict=True)]
             output = fun(*both, **keywords, **copies[1])
-            if has_aux and not (isinstance(output, tuple | list) and len(cast("Any", output)) == 2):
-                msg = f"With `has_aux=True` `fun` must return a pair, `(loss, aux)`, got {output!r}."
-                raise TypeError(msg)
-            value, aux = output if has_aux else (output, None)
+            value, aux = _checks.value_and_aux(output) if has_aux else (output, None)
             after = nnx.state(copies, nnx.Not(is_param))
             return value, (aux, _changes(nnx, after, rest) if in_parts else after)
 
