@@ -48,7 +48,7 @@ from optax_sam.variants.same import RatioClasses, ratio_classes
 
 def _per_class(function: Callable[..., Any], grads: SAMGradients) -> RatioClasses:
     """Applies a function of the trees of masks, clean and perturbed gradients to every class."""
-    clean, perturbed, _ = _tree.upcast(tuple(as_pair(grads)))
+    clean, perturbed, _ = _tree.upcast(tuple(grads))
     leaves = jax.tree.leaves(clean), jax.tree.leaves(perturbed)
     by_leaf = [ratio_classes(c, p) for c, p in zip(*leaves, strict=True)]
     return RatioClasses(*(function(masks, *leaves) for masks in zip(*by_leaf, strict=True)))
@@ -83,7 +83,7 @@ def gradient_ratio_fractions(grads: SAMGradients) -> RatioClasses:
         total = sum(x.size for x in perturbed)
         return sum((jnp.sum(m, dtype=jnp.float32) for m in masks), jnp.zeros(())) / max(total, 1)
 
-    return _per_class(share, grads)
+    return _per_class(share, as_pair(grads))
 
 
 def gradient_ratio_norms(grads: SAMGradients) -> tuple[RatioClasses, RatioClasses, jax.Array]:
@@ -113,10 +113,10 @@ def gradient_ratio_norms(grads: SAMGradients) -> tuple[RatioClasses, RatioClasse
     def norm_of(masks: Any, leaves: Any) -> jax.Array:
         return _tree.norm([jnp.where(m, x, jnp.zeros_like(x)) for m, x in zip(masks, leaves, strict=True)])
 
+    grads = as_pair(grads)
     clean = _per_class(lambda masks, c, _: norm_of(masks, c), grads)
     perturbed = _per_class(lambda masks, _, p: norm_of(masks, p), grads)
-    pair = as_pair(grads)
-    return clean, perturbed, _tree.cosine(pair.clean, pair.perturbed)
+    return clean, perturbed, _tree.cosine(grads.clean, grads.perturbed)
 
 
 @functools.partial(jax.jit, static_argnums=0)
