@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import timing
 
 import optax_sam
-from optax_sam._objective import Objective
+from optax_sam._loss import Loss, Pass, Peers
 
 # The variant, and how often a rule must at the least read or write something of the size of the params: SAM
 # reads the gradient for its norm, reads it again with the params, and writes the point.
@@ -39,11 +39,11 @@ def own_part(variant: Any) -> Any:
     def step(params: Any, clean: Any, perturbed: Any, state: Any) -> Any:
         given, points = iter((clean, perturbed)), []
 
-        def gradient_at(point: Any) -> Any:
+        def pass_at(point: Any, _: Any) -> Pass:
             points.append(point)
-            return (jnp.zeros(()), None), next(given)
+            return Pass(jnp.zeros(()), next(given))
 
-        evaluation, _ = variant.evaluate(Objective().on(gradient_at), params, state)
+        evaluation = variant.evaluate(Loss(params, pass_at, pass_at, Peers()), state)
         direction, state = variant.update(evaluation.gradients, state, params)
         return points[-1], direction, state
 

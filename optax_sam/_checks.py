@@ -1,5 +1,6 @@
 """Checks of arguments, each an error that names the argument, what was got and what is right."""
 
+import inspect
 import operator
 from collections.abc import Sequence
 from typing import Any, cast
@@ -45,6 +46,17 @@ def number(
         left, right = "(" if above or low == -np.inf else "[", ")" if below or high == np.inf else "]"
         msg = f"`{name}` must be {kind} in the range {left}{low}, {high}{right}, got {value!r}."
         raise ValueError(msg)
+
+
+def static_integer(name: str, value: Any, *, low: int) -> None:
+    """Refuses what is no Python integer, of a number that decides the shape of the program."""
+    if isinstance(value, jax.Array):
+        msg = (
+            f"`{name}` decides what is evaluated and must be a Python integer, got an array. Under "
+            f'`optax.inject_hyperparams` name it in the static arguments, `static_args=("{name}",)`.'
+        )
+        raise TypeError(msg)
+    number(name, value, low=low, integer=True)
 
 
 def scalar_or_schedule(name: str, value: Any, *, low: float = 0.0, high: float = np.inf) -> None:
@@ -154,6 +166,38 @@ def floating(name: str, value: Any) -> None:
     if dtype is None or not jax.numpy.issubdtype(dtype, np.floating):
         msg = f"`{name}` must be a floating-point dtype such as `jnp.bfloat16`, got {value!r}."
         raise TypeError(msg)
+
+
+def takes(name: str, function: Any, count: int) -> None:
+    """Refuses what cannot be called with so many positional arguments; None passes."""
+    if function is None:
+        return
+    if not callable(function):
+        msg = f"`{name}` must be a function, got {function!r} of type {type(function).__name__}."
+        raise TypeError(msg)
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # Some built-in functions do not tell what they take.
+        return
+    try:
+        signature.bind(*[None] * count)
+    except TypeError:
+        plural = "arguments" if count > 1 else "argument"
+        got = ", ".join(signature.parameters)
+        msg = f"`{name}` is called with {count} {plural}, got a function of ({got})."
+        raise TypeError(msg) from None
+
+
+def grad_fn(function: Any) -> None:
+    """Refuses what is no function from params to a gradient."""
+    try:
+        takes("grad_fn", function, 1)
+    except TypeError as error:
+        msg = (
+            f"{error} Write `grad_fn=lambda params: jax.grad(loss)(params, batch)`; the one of "
+            "`optax.contrib.sam` takes a number too."
+        )
+        raise TypeError(msg) from None
 
 
 def numbers(name: str, value: Any, count: int, *, low: float = -np.inf, schedules: bool = False) -> None:

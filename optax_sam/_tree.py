@@ -1,21 +1,17 @@
-"""Tree arithmetic that `optax.tree` lacks.
-
-Accumulated in float32 or better, without overflow or underflow, and right on sharded leaves.
-"""
+"""Tree arithmetic that `optax.tree` lacks: in float32 or better, and right on sharded leaves."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.core import Tracer
 
-_SMALL = 4096  # Entries of a leaf, sixteen kilobytes.
+_SMALL = 4096  # Entries of a leaf that is reduced together with others.
 
 
-def branch(predicate: jax.Array, if_true: Callable[[], Any], if_false: Callable[[], Any]) -> Any:
-    """`jax.lax.cond`, but outside of a trace, where that would compile anew in every call, a plain `if`."""
+def cond_or_if(predicate: jax.Array, if_true: Callable[[], Any], if_false: Callable[[], Any]) -> Any:
+    """`jax.lax.cond`, or a plain `if` outside of a trace, where `cond` would compile in every call."""
     if isinstance(predicate, Tracer):
         return jax.lax.cond(predicate, if_true, if_false)
     return if_true() if predicate else if_false()
@@ -27,8 +23,11 @@ def upcast(tree: Any) -> Any:
 
 
 def zeros_like(tree: Any) -> Any:
-    """Zeros in the shapes of the tree, in float32 or better: what a variant remembers starts so."""
-    return optax.tree.zeros_like(upcast(tree))
+    """Zeros in the shapes of the tree, in float32 or better: how the memory of a variant starts.
+
+    As `jnp.zeros_like` they take on the sharding of the tree, but for a tree of `jax.ShapeDtypeStruct`.
+    """
+    return jax.tree.map(lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
 def cast_like(tree: Any, like: Any) -> Any:
@@ -36,94 +35,43 @@ def cast_like(tree: Any, like: Any) -> Any:
     return jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), tree, like)
 
 
+def common_dtype(tree: Any) -> Any:
+    """The dtype of scalars computed from the tree: float32, or float64 if a leaf has it."""
+    return jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(tree)))
+
+
 def _total(terms: Sequence[jax.Array]) -> jax.Array:
     return sum(terms[1:], start=terms[0]) if terms else jnp.zeros((), jnp.float32)
 
 
-def _largest(leaves: Sequence[jax.Array]) -> jax.Array:
-    largest = jnp.zeros((), jnp.float32)
-    for x in leaves:
-        # `initial`: an empty leaf has no largest entry.
-        largest = jnp.maximum(largest, jnp.max(jnp.abs(x), initial=0.0))
-    return largest
-
-
 def root(total: jax.Array, ord: float = 2.0) -> jax.Array:
-    """The `ord`-th root of numbers >= 0, with derivative 0 at zero for those who differentiate a step."""
+    """The `ord`-th root of numbers >= 0. Its derivative at zero is 0, for those who differentiate a step."""
     is_zero = total == 0.0
     safe = jax.lax.select(is_zero, jnp.ones_like(total), total)
     safe = jnp.sqrt(safe) if ord == 2.0 else safe ** (1.0 / ord)
     return jax.lax.select(is_zero, jnp.zeros_like(total), safe)
 
 
-def _sum_of_squares(leaves: Sequence[jax.Array]) -> jax.Array:
-    return _total([jnp.sum(jnp.square(x)) for x in leaves])
-
-
-def _scaled_squares(tree: Any) -> tuple[jax.Array, jax.Array]:
-    """The sum of the squares of the tree times a power of two, and that power.
-
-    One pass over memory, with the power 1, where the plain sum is in the range in which float arithmetic is
-    accurate; else two. Powers of two are exact, and these bring all that is out of that range into it.
-    """
-    # Without the barrier XLA puts off the gradients of biases until they are gathered, and keeps what they
-    # are computed from until then.
-    (leaves,) = _bundles(jax.lax.optimization_barrier(tree))
-    squares = _sum_of_squares(leaves)
-    info = jnp.finfo(squares.dtype)
-    # Below `smallest` the squares of single entries may have been flushed to zero.
-    smallest = float(info.tiny) / float(info.eps) ** 2
-    in_range = (squares >= smallest) & (squares <= float(info.max))
-    up, down = 2.0 ** (5 * info.maxexp // 8), 2.0 ** (-3 * info.maxexp // 4)
-    # Not a `where` of constants: JAX 0.8 cannot `vmap` that over an explicitly sharded axis.
-    is_low = (squares < 1.0).astype(info.dtype)
-    scale = jnp.where(in_range, jnp.ones_like(squares), is_low * up + (1.0 - is_low) * down)
-    return branch(in_range, lambda: squares, lambda: _sum_of_squares([x * scale for x in leaves])), scale
-
-
 def _is_small(x: jax.Array) -> bool:
-    # In explicit sharding mode the type tells how a leaf is spread, and such leaves do not concatenate.
+    # Leaves whose type says that they are sharded do not concatenate.
     return x.size <= _SMALL and not any(jax.typeof(x).sharding.spec)
 
 
 def _bundles(*trees: Any) -> list[list[jax.Array]]:
-    """The leaves of each tree for a reduction over all: of one dtype, and the small ones as one vector.
+    """The leaves of each tree in one dtype, the small ones joined into one vector.
 
     A reduction over a bias costs as much to compile, and to start, as one over a matrix.
     """
     columns = [jax.tree.leaves(upcast(tree)) for tree in trees]
-    # Of one dtype: the square of a float32 may leave the range of float32 beside a leaf of float64.
-    dtype = jnp.result_type(jnp.float32, *(x for column in columns for x in column))
+    dtype = common_dtype(columns)
     is_small = [all(map(_is_small, row)) for row in zip(*columns, strict=True)]
 
     def bundle(column: Sequence[jax.Array]) -> list[jax.Array]:
         leaves = [(x.astype(dtype), small) for x, small in zip(column, is_small, strict=True)]
-        rest = [x.ravel() for x, small in leaves if small]
-        missing = _SMALL - sum(x.size for x in rest)
-        if 0 < missing <= _SMALL // 2:
-            # XLA for CPUs has a library for sums of so many, and for fewer compiles three kernels.
-            rest.append(jnp.zeros(missing, dtype))
-        return [x for x, small in leaves if not small] + ([jnp.concatenate(rest)] if rest else [])
+        joined = [x.ravel() for x, small in leaves if small]
+        return [x for x, small in leaves if not small] + ([jnp.concatenate(joined)] if joined else [])
 
     return [bundle(column) for column in columns]
-
-
-def norm(tree: Any, ord: float = 2.0) -> jax.Array:
-    """The global `ord`-norm of all entries of the tree; NaN or infinite where an entry is.
-
-    The 2-norm costs one pass over memory: only where the plain sum of squares leaves the range in
-    which float arithmetic is accurate does a second, rescaled pass run.
-    """
-    if ord == 2.0:
-        squares, scale = _scaled_squares(tree)
-        return root(squares) / scale
-    (leaves,) = _bundles(tree)
-    largest = _largest(leaves)
-    if ord == jnp.inf:
-        return largest
-    usable = (largest > 0.0) & jnp.isfinite(largest)
-    scale = jnp.where(usable, largest, jnp.ones_like(largest))
-    return scale * root(_total([jnp.sum(jnp.abs(x / scale) ** ord) for x in leaves]), ord)
 
 
 def dot(a: Any, b: Any) -> jax.Array:
@@ -131,19 +79,36 @@ def dot(a: Any, b: Any) -> jax.Array:
     return _total([jnp.sum(x * y) for x, y in zip(*_bundles(a, b), strict=True)])
 
 
-def rescale(tree: Any, radius: Any, length: jax.Array) -> Any:
-    """The tree times `radius / length`; zero where that is too small for a float, below 1e-38.
-
-    By a multiplication: XLA keeps the quotients of a division by entry in memory, a copy of the tree.
-    """
-    scale = radius / length
-    return jax.tree.map(lambda x: x * scale, tree)
-
-
-def plain_norm(tree: Any) -> jax.Array:
-    """The 2-norm of what is known to be in the range where squares are accurate, which nothing guards."""
+def squared_norm(tree: Any) -> jax.Array:
+    """The sum of the squares of all entries."""
     (leaves,) = _bundles(tree)
-    return root(_sum_of_squares(leaves))
+    return _total([jnp.sum(jnp.square(x)) for x in leaves])
+
+
+def norm(tree: Any, ord: float = 2.0) -> jax.Array:
+    """The global `ord`-norm of all entries of the tree; NaN or infinite where an entry is."""
+    if ord == 2.0:
+        return root(squared_norm(tree))
+    (leaves,) = _bundles(tree)
+    # `initial`: an empty leaf has no largest entry.
+    largest = jnp.zeros((), common_dtype(leaves))
+    for x in leaves:
+        largest = jnp.maximum(largest, jnp.max(jnp.abs(x), initial=0.0))
+    if ord == jnp.inf:
+        return largest
+    # The powers of a large order leave the range of floats: they are taken in units of the largest entry.
+    usable = (largest > 0.0) & jnp.isfinite(largest)
+    unit = jnp.where(usable, largest, jnp.ones_like(largest))
+    return unit * root(_total([jnp.sum(jnp.abs(x / unit) ** ord) for x in leaves]), ord)
+
+
+def rescale(tree: Any, length: Any, current: jax.Array) -> Any:
+    """The tree, whose length is `current`, in another length.
+
+    By a multiplication: XLA would keep the quotients of a division by entry in memory, a copy of the tree.
+    """
+    scale = length / current
+    return jax.tree.map(lambda x: x * scale, tree)
 
 
 def unit(tree: Any) -> Any:
@@ -154,25 +119,21 @@ def unit(tree: Any) -> Any:
 
 def cosine(a: Any, b: Any) -> jax.Array:
     """The cosine of the angle between two trees; zero if one of them is zero."""
-    return dot(unit(a), unit(b))
+    size = norm(a) * norm(b)
+    return dot(a, b) / jnp.where(size > 0.0, size, jnp.ones_like(size))
 
 
 def reject(tree: Any, onto: Any) -> Any:
     r"""The part of `tree` orthogonal to `onto`: :math:`a - \frac{\langle a, b \rangle}{\|b\|^2} b`.
 
-    Exactly zero for `reject(a, a)`, operation by operation.
+    Zero where `onto` is zero or a sum is not finite. Computed from :math:`a - b`, which has the same
+    orthogonal part, so that two equal trees give exactly zero.
     """
-    squares, scale = _scaled_squares(onto)
-    info = jnp.finfo(squares.dtype)
-    # The power of two next to the norm: to divide by it is exact, and what is divided can be multiplied.
-    length = jnp.clip(root(squares) / scale, float(info.tiny), float(info.max) / 4)
-    power = jax.lax.reduce_precision(length, info.nexp, 0)
-    direction = rescale(upcast(onto), 1.0, power)
-    # Those of the direction. Neither `/ x**2` nor `/ x / x`, which XLA makes of it: the square may overflow.
-    inverse = 1.0 / (scale * power)
-    squares = (squares * inverse) * inverse
-    share = dot(tree, direction) / jnp.where(squares > 0.0, squares, jnp.ones_like(squares))
-    return jax.tree.map(lambda x, d: x - share * d, upcast(tree), direction)
+    difference = jax.tree.map(jnp.subtract, upcast(tree), upcast(onto))
+    squares, product = squared_norm(onto), dot(difference, onto)
+    usable = (squares > 0.0) & jnp.isfinite(squares) & jnp.isfinite(product)
+    share = jnp.where(usable, product, 0.0) / jnp.where(usable, squares, 1.0)
+    return jax.tree.map(lambda d, b: jnp.where(usable, d - share * b, jnp.zeros_like(d)), difference, onto)
 
 
 def into_ball(tree: Any, length: jax.Array, radius: Any) -> Any:
@@ -185,16 +146,14 @@ def into_ball(tree: Any, length: jax.Array, radius: Any) -> Any:
 
 def all_finite(*trees: Any) -> jax.Array:
     """Whether no leaf of the trees holds a NaN or an infinity."""
-    # Zero times anything finite is zero, and a sum of numbers runs at the speed of memory, where one of
-    # truth values takes three times as long.
+    # Zero times anything finite is zero. A sum of floats runs three times as fast as one of booleans.
     return _total([jnp.sum(x * jnp.zeros((), x.dtype)) for x in jax.tree.leaves(trees)]) == 0.0
 
 
 def keep_finite(new: Any, old: Any) -> Any:
-    """What to remember after a step, in the dtypes of the old, entry by entry: where not finite, the old.
+    """The new memory in the dtypes of the old. Entries that are not finite keep their old value.
 
-    By entry, so that it fuses with what computes the new. To know of all gradients that they are finite
-    before one of them may be written would cost a copy of them and a pass over memory.
+    By entry, so that it fuses with what computes the new memory.
     """
 
     def keep(x: Any, y: Any) -> Any:
@@ -209,7 +168,7 @@ def keep_finite(new: Any, old: Any) -> Any:
                 "`init_memory`."
             )
             raise ValueError(msg)
-        return jax.lax.select(jnp.isfinite(x), x, y)
+        return jax.lax.select(jnp.isfinite(x), x, jnp.asarray(y))
 
     return jax.tree.map(keep, new, old)
 
@@ -217,8 +176,8 @@ def keep_finite(new: Any, old: Any) -> Any:
 def displace(params: Any, perturbation: Any) -> Any:
     """The point `params + perturbation`, computed in float32 or better, in the dtypes of params.
 
-    An entry of the perturbation that is not finite displaces nothing: a gradient with a NaN must
-    not throw the second evaluation into nowhere too.
+    An entry of the perturbation that is not finite displaces nothing: a NaN in a gradient must not spoil the
+    second evaluation too.
     """
 
     def add(w: jax.Array, e: jax.Array) -> jax.Array:
@@ -231,3 +190,13 @@ def displace(params: Any, perturbation: Any) -> Any:
 def displacement_norm(point: Any, params: Any) -> jax.Array:
     """The norm of `point - params`: of a perturbation, what rounding to the dtype has left of it."""
     return norm(jax.tree.map(jnp.subtract, upcast(point), upcast(params)))
+
+
+def blend(old: Any, new: Any, weight: Any) -> Any:
+    """An average moved towards `new`: exactly `old` for a weight of 0, exactly `new` for 1."""
+    return jax.tree.map(lambda x, y: (1.0 - weight) * x + weight * y, old, new)
+
+
+def select(predicate: jax.Array, if_true: Any, if_false: Any) -> Any:
+    """`jnp.where` for trees."""
+    return jax.tree.map(lambda x, y: jnp.where(predicate, x, y), if_true, if_false)

@@ -6,34 +6,41 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.core import Tracer
 
-from optax_sam import _checks, _shards, _tree
-from optax_sam._objective import AxisName, Evaluation, Objective, varying
-from optax_sam._transformation import SAMState, SharpnessAwareTransformation, find_state
+from optax_sam import _checks, _tree
+from optax_sam._gradient import Call, Parts, TracedOnce, batch_size, gradient_at
+from optax_sam._loss import (
+    AxisName,
+    CompositeLoss,
+    Evaluation,
+    Loss,
+    Peers,
+    SAMGradients,
+    serializable,
+    varying,
+)
+from optax_sam._shards import evaluate_shards
+from optax_sam._state import SAMState, find_state, injected_arguments, match_structure
+from optax_sam._variant import SharpnessAwareTransformation, settle
 
-_ARRAY_TYPES = jax.Array | np.ndarray | np.generic
 
-
+@serializable
 class SAMMetrics(NamedTuple):
     """What a run should log about its sharpness-aware steps: scalars in float32 or better.
 
     Attributes:
-      loss: The clean loss, with `ascent_examples` of these; of a variant that evaluates a single
-        gradient, the loss where it did.
-      perturbed_loss: The loss at the perturbed point; NaN where only one point was visited: by a variant
-        of a single gradient, and in the steps in which LookSAM reuses its correction.
-      sharpness: Their difference, the estimate of sharpness that comes for free; NaN likewise, and with
-        `ascent_examples`, as the two are then of different examples (`numpy.nanmean` averages what is
-        known).
+      loss: The loss of the clean pass. A variant with only one gradient reports the loss at its point; with
+        `ascent_examples` it is the loss of these examples.
+      perturbed_loss: The loss at the perturbed point. NaN in steps with only one gradient.
+      sharpness: Their difference, an estimate of sharpness for free. NaN in steps with only one gradient, and
+        with `ascent_examples` or `ascent_loss`, where the two losses are not comparable. `numpy.nanmean`
+        averages the rest.
       clean_norm: Norm of the clean gradient.
       perturbed_norm: Norm of the perturbed gradient.
-      cosine: Cosine of the angle between the two, of different examples with `ascent_examples`; 1 where
-        one gradient stands for both.
-      perturbation_norm: Norm of the perturbation that was really applied: below rho where rounding to
-        the dtype of params swallowed some of it, 0 in a step that was not perturbed. The mean over
-        shards where each has its own.
+      cosine: Cosine of the angle between the two; 1 in steps with only one gradient.
+      perturbation_norm: Norm of the perturbation that was applied. It is below rho if rounding to the dtype
+        of params swallowed some of it, and 0 in a step that was not perturbed. If each shard has its own, the
+        mean over shards.
       rho: The radius in force.
     """
 
@@ -45,59 +52,6 @@ class SAMMetrics(NamedTuple):
     cosine: jax.Array
     perturbation_norm: jax.Array
     rho: jax.Array
-
-
-def _metrics(evaluation: Evaluation, rho: jax.Array, same_examples: bool) -> SAMMetrics:
-    clean, perturbed, _ = evaluation.gradients
-    value, perturbed_value = _tree.upcast((evaluation.value, evaluation.perturbed_value))
-    return SAMMetrics(
-        loss=value,
-        perturbed_loss=perturbed_value,
-        sharpness=perturbed_value - value if same_examples else jnp.full_like(value, jnp.nan),
-        clean_norm=_tree.norm(clean),
-        perturbed_norm=_tree.norm(perturbed),
-        cosine=_tree.cosine(clean, perturbed),
-        perturbation_norm=evaluation.displacement,
-        rho=rho,
-    )
-
-
-@jax.tree_util.register_static
-class _Constant:
-    """What `jit` would not return, a string in aux for example, as a part of the structure of its output."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
-def _is_traced(tree: Any) -> bool:
-    try:
-        leaves = jax.tree.leaves(tree)
-    except ValueError:  # A dict whose keys have no order: `jit` would have refused it.
-        return False
-    return any(isinstance(leaf, Tracer) for leaf in leaves)
-
-
-def _trace_once(function: Callable[..., Any], *trees: Any) -> Callable[..., Any]:
-    """The function, such that all calls of it within one trace share one trace of the user's loss.
-
-    Outside of a trace every call runs as it stands, operation by operation.
-    """
-    if not any(map(_is_traced, trees)):
-        return function
-
-    def arrays_only(*args: Any) -> Any:
-        return jax.tree.map(lambda x: x if isinstance(x, _ARRAY_TYPES) else _Constant(x), function(*args))
-
-    traced = jax.jit(arrays_only, inline=True)
-
-    def is_constant(x: Any) -> bool:
-        return isinstance(x, _Constant)
-
-    def once(*args: Any) -> Any:
-        return jax.tree.map(lambda x: x.value if is_constant(x) else x, traced(*args), is_leaf=is_constant)
-
-    return once
 
 
 def sam_value_and_grad(
@@ -114,6 +68,7 @@ def sam_value_and_grad(
     microbatch_size: int | None = None,
     ascent_examples: int | float | None = None,
     ascent_dtype: Any = None,
+    ascent_loss: Callable[..., Any] | None = None,
     batch_argnums: int | Sequence[int] | None = None,
 ) -> Callable[..., Any]:
     r"""Like `jax.value_and_grad`, for a sharpness-aware variant.
@@ -139,11 +94,13 @@ def sam_value_and_grad(
         `optax.microbatch`: the step of the full batch in the memory of a microbatch.
       ascent_examples: Takes the ascent gradient from the first so many examples (an int) of the batch, or
         of each shard or device's part, or from that fraction of them (a float in (0, 1]): a step then
-        costs 1 + n / B gradients. For variants whose clean gradient serves the ascent alone (`sam`,
-        `asam`, `gcsam`, `async_sam` and your own with `ascent_only=True`); others are refused.
+        costs 1 + n / B gradients. For variants whose clean gradient serves the ascent alone (their attribute
+        `ascent_only` is true, as that of `sam`); others are refused.
       ascent_dtype: The dtype in which the ascent gradient is computed, such as `jnp.bfloat16`: params and
         floating-point batch arguments, where `batch_argnums` names them, are cast to it, and all that
         comes out in it to the dtype of params. For the same variants.
+      ascent_loss: Another loss, along whose gradient the ascent goes: a function of the same arguments that
+        returns the same as `fun`. For the same variants.
       batch_argnums: Which positional arguments are batches: pytrees of arrays whose first axis counts
         examples. Needed for `num_shards`, `microbatch_size` and `ascent_examples`; the loss must be a
         mean over examples.
@@ -154,10 +111,10 @@ def sam_value_and_grad(
       differentiated (for half precision) and which is divided out again. It returns `(value, grads)`
       or `((value, aux), grads)`, and metrics after that; `grads` are `SAMGradients` in the shapes of
       params. Value and aux are of the clean pass; the perturbed pass sees the same arguments and its
-      aux is dropped. With `ascent_examples` or `ascent_dtype` the clean pass is the ascent's: value, aux
-      and `grads.clean` are of those examples in that precision. With shards or microbatches the
-      floating-point leaves of aux are averaged and its integer leaves are summed. Inside a `jit` the loss
-      is traced once, or once for each shape and dtype of batch that it sees.
+      aux is dropped. With `ascent_examples`, `ascent_dtype` or `ascent_loss` the clean pass is the ascent's:
+      value, aux and `grads.clean` are of those examples, in that precision, of that loss. With shards or
+      microbatches the floating-point leaves of aux are averaged and its integer leaves are summed. Inside a
+      `jit` the loss is traced once, or once for each shape and dtype of batch that it sees.
 
     Raises:
       TypeError: If `variant` is not a variant, or params are not floating-point arrays.
@@ -181,16 +138,7 @@ def sam_value_and_grad(
       Foret et al., `Sharpness-Aware Minimization <https://arxiv.org/abs/2010.01412>`_, ICLR 2021,
       section 4.1 for m-sharpness.
     """
-    if not callable(fun):
-        msg = f"`fun` must be the loss, a function, got {type(fun).__name__}."
-        raise TypeError(msg)
-    if not isinstance(cast("Any", variant), SharpnessAwareTransformation):
-        msg = (
-            "`variant` must be the bare variant, such as `sam = optax_sam.sam(0.05)`, got "
-            f"{type(variant).__name__}. A chain, and any other wrapper, no longer knows what to evaluate: "
-            "pass `sam` here and `optax.chain(sam, optax.sgd(0.1))` to the training loop."
-        )
-        raise TypeError(msg)
+    _check_functions(fun, variant, has_aux)
     _checks.choice("perturbation", perturbation, ("global", "local"))
     if perturbation == "local" and axis_name is None and num_shards is None:
         msg = (
@@ -198,113 +146,197 @@ def sam_value_and_grad(
             "Elsewhere write `num_shards=K, batch_argnums=...`."
         )
         raise ValueError(msg)
-    positions = _checks.positions("argnums", argnums)
-    is_single = np.ndim(cast("Any", argnums)) == 0
-    if not variant.ascent_only and not (ascent_examples is None and ascent_dtype is None):
-        msg = (
-            "`ascent_examples` and `ascent_dtype` make the clean gradient a cheap one, good enough for an "
-            "ascent. This variant descends along it, or evaluates no other: leave them out, or take a "
-            "variant whose clean gradient serves the ascent alone (`sam`, `asam`, `gcsam`, `async_sam`). If "
-            "that is so for a variant of your own, write `sharpness_aware(..., ascent_only=True)`."
-        )
-        raise ValueError(msg)
-    split = _shards.make_split(
-        num_shards, shard_mode, microbatch_size, ascent_examples, ascent_dtype, batch_argnums, positions
+    cheaper = {"ascent_examples": ascent_examples, "ascent_dtype": ascent_dtype, "ascent_loss": ascent_loss}
+    _check_ascent(variant, cheaper, has_aux)
+    params_at = _checks.positions("argnums", argnums)
+    plan = _make_plan(
+        num_shards, shard_mode, microbatch_size, ascent_examples, ascent_dtype, batch_argnums, params_at
     )
+    same_loss = ascent_examples is None and ascent_loss is None
 
     def value_and_grads(*args: Any, state: Any = None, loss_scale: Any = None, **kwargs: Any) -> Any:
-        if state is None:
-            msg = "`state=` is missing: pass the optimizer's state by keyword, `state=opt_state`."
-            raise TypeError(msg)
-        sam_state = find_state(state, variant.radius)
-        if max(positions, default=0) >= len(args) or min(positions, default=0) < -len(args):
-            msg = f"`argnums` is {argnums}, but only {len(args)} positional arguments were given."
-            raise TypeError(msg)
-        if max(split.positions, default=0) >= len(args):
-            msg = (
-                f"`batch_argnums` is {batch_argnums}, but only {len(args)} positional arguments were given: "
-                "pass the batch by position."
-            )
-            raise TypeError(msg)
-        raw_params = args[positions[0]] if is_single else tuple(args[i] for i in positions)
-        _checks.params(raw_params)
-        _check_axis(axis_name)
-        sam_state = _fit(sam_state, jax.eval_shape(variant.init, raw_params))
-        params = varying(jax.tree.map(jnp.asarray, raw_params), axis_name)
-
-        def loss_and_grad(params: optax.Params, batch: Sequence[Any]) -> Any:
-            """One gradient, at any params and on any part of the batch."""
-
-            def loss(params: optax.Params) -> tuple[jax.Array, Any]:
-                filled = list(args)
-                for i, batch_argument in zip(split.positions, batch, strict=True):
-                    filled[i] = batch_argument
-                for i, one in zip(positions, (params,) if is_single else cast("Any", params), strict=True):
-                    filled[i] = one
-                output: Any = fun(*filled, **kwargs)
-                value, aux = _checks.value_and_aux(output) if has_aux else (output, None)
-                if isinstance(value, float | int):
-                    value = jnp.asarray(value)
-                return (value if loss_scale is None else value * loss_scale), (value, aux)
-
-            (_, output), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-            if loss_scale is not None:
-                gradient = jax.tree.map(lambda g: g / loss_scale, _tree.upcast(gradient))
-            return output, gradient
-
-        evaluation, aux = _shards.evaluate(
-            split,
-            variant.evaluate,
-            _trace_once(loss_and_grad, *args, *kwargs.values(), state, loss_scale),
-            Objective(
-                axis_name=axis_name,
-                share_ascent=axis_name is not None and perturbation == "global",
-                sharded_over=axis_name,
-                measure=return_metrics,
-            ),
-            params,
-            sam_state,
-            [args[i] for i in split.positions],
+        call = Call(
+            args, kwargs, params_at, np.ndim(cast("Any", argnums)) == 0, plan.batch_at, has_aux, loss_scale
         )
-        output = (evaluation.value, aux) if has_aux else evaluation.value
+        _check_call(call, state, argnums, batch_argnums)
+        _check_axis(axis_name)
+        current, sam_state = _read_state(variant, state, call.params)
+        params = varying(jax.tree.map(jnp.asarray, call.params), axis_name)
+        inputs = (*args, *kwargs.values(), state, loss_scale)
+        descend = TracedOnce(gradient_at(fun, call), *inputs)
+        climb = descend if ascent_loss is None else TracedOnce(gradient_at(ascent_loss, call), *inputs)
+
+        def evaluate(peers: Peers, batch: Sequence[Any]) -> Evaluation:
+            """The variant's rule on the batch, or on one shard of it."""
+            descent = plan.parts.descent(descend)
+            ascent, examples = plan.parts.ascent(climb, batch)
+            loss = Loss(
+                params,
+                lambda point, cotangent: descent(point, batch, cotangent),
+                lambda point, cotangent: ascent(point, examples, cotangent),
+                peers,
+                measures=return_metrics or current.compares,
+            )
+            return current.evaluate(loss, sam_state)
+
+        # A single shard on each device is what a local perturbation is.
+        peers = Peers(axis_name, local=perturbation == "local" or num_shards is not None)
+        if plan.num_shards > 1:
+            evaluation = evaluate_shards(evaluate, call.batch, peers, plan.num_shards, plan.rounds)
+        else:
+            if num_shards is not None:
+                batch_size(call.batch)  # Refuses what is no batch.
+            evaluation = evaluate(peers, call.batch)
+        grads = settle(evaluation, current, descend.precision)
+        output = (evaluation.value, evaluation.aux) if has_aux else evaluation.value
         if return_metrics:
-            metrics = _metrics(evaluation, sam_state.rho, same_examples=ascent_examples is None)
-            return output, evaluation.gradients, metrics
-        return output, evaluation.gradients
+            return output, grads, _metrics(evaluation, grads, sam_state.rho, same_loss)
+        return output, grads
 
     return value_and_grads
 
 
-def _fit(state: SAMState, like: SAMState) -> SAMState:
-    """The state in the structure that the variant gave it, or an error if it is not this variant's."""
-    leaves, structure = jax.tree.flatten(like)
-    own = jax.tree.leaves(state)
-    if len(own) != len(leaves):
-        if len(own) < len(leaves) and _has_holes(state):
-            return state  # Some params are masked out, and nothing is remembered of them.
-        got, right = f"{len(own)} arrays", f"{len(leaves)}"
+def _check_functions(fun: Any, variant: Any, has_aux: bool) -> None:
+    if not callable(fun):
+        msg = f"`fun` must be the loss, a function, got {type(fun).__name__}."
+        raise TypeError(msg)
+    if isinstance(fun, CompositeLoss) and fun.has_aux != has_aux:
+        msg = f"`has_aux` is {has_aux}, and that of the `CompositeLoss` is {fun.has_aux}: give both the same."
+        raise ValueError(msg)
+    if not isinstance(variant, SharpnessAwareTransformation):
+        msg = (
+            "`variant` must be the bare variant, such as `sam = optax_sam.sam(0.05)`, got "
+            f"{type(variant).__name__}. A chain, and any other wrapper, no longer knows what to evaluate: "
+            "pass `sam` here and `optax.chain(sam, optax.sgd(0.1))` to the training loop."
+        )
+        raise TypeError(msg)
+
+
+def _check_ascent(variant: SharpnessAwareTransformation, cheaper: dict[str, Any], has_aux: bool) -> None:
+    """Refuses an ascent gradient of its own for variants that do more with the clean gradient than climb."""
+    asked = [name for name, value in cheaper.items() if value is not None]
+    if asked and not variant.ascent_only:
+        msg = (
+            f"`{asked[0]}` makes the clean gradient another one, good enough for an ascent. "
+            f"`{variant.made_by.name}` descends along it, or evaluates no other: leave it out, or take a "
+            "variant whose clean gradient serves the ascent alone, such as `sam` (its attribute "
+            "`ascent_only` is true). If that is so for a variant of your own, write "
+            "`sharpness_aware(..., ascent_only=True)`."
+        )
+        raise ValueError(msg)
+    other = cheaper["ascent_loss"]
+    if other is not None:
+        if not callable(other):
+            msg = f"`ascent_loss` must be a loss, a function like `fun`, got {type(other).__name__}."
+            raise TypeError(msg)
+        _check_functions(other, variant, has_aux)
+
+
+class _Plan(NamedTuple):
+    """What the options about parts of the batch ask for.
+
+    Attributes:
+      num_shards: How many perturbations a device has.
+      rounds: In how many rounds the shards run.
+      parts: How a gradient is evaluated on a shard.
+      batch_at: Positions of the batch arguments, empty if nothing is done to them.
+    """
+
+    num_shards: int = 1
+    rounds: int = 1
+    parts: Parts = Parts()
+    batch_at: tuple[int, ...] = ()
+
+
+def _make_plan(
+    num_shards: int | None,
+    shard_mode: str | int,
+    microbatch_size: int | None,
+    ascent_examples: int | float | None,
+    ascent_dtype: Any,
+    batch_argnums: int | Sequence[int] | None,
+    params_at: Sequence[int],
+) -> _Plan:
+    sizes = {"num_shards": num_shards, "microbatch_size": microbatch_size, "ascent_examples": ascent_examples}
+    for name, size in sizes.items():
+        if size is None:
+            continue
+        if name == "ascent_examples" and isinstance(size, float):
+            _checks.number(name, size, low=0.0, high=1.0, above=True)
+        else:
+            _checks.number(name, size, low=1, integer=True)
+        if batch_argnums is None:
+            msg = (
+                f"`{name}={size}` needs `batch_argnums=`: which positional arguments of the loss are "
+                "batches, such as `batch_argnums=1` for `loss(params, batch)`."
+            )
+            raise ValueError(msg)
+    if isinstance(shard_mode, str):
+        _checks.choice("shard_mode", shard_mode, ("vmap", "loop"))
+        rounds = 1 if shard_mode == "vmap" else num_shards or 1
     else:
-        shapes = [(np.shape(x), np.shape(y)) for x, y in zip(own, leaves, strict=True)]
-        wrong = [pair for pair in shapes if pair[0] != pair[1]]
-        if not wrong:
-            # `flax.nnx.Optimizer` boxes every array of its state: these are the same leaves, unboxed.
-            return jax.tree.unflatten(structure, own)
-        got, right = f"an array of shape {wrong[0][0]}", f"{wrong[0][1]}"
-    msg = (
-        f"`state` does not fit the variant and the params: it holds {got}, where `variant.init(params)` "
-        f"makes {right}. Make it by the `init` of an optimizer with this variant, from the same params; "
-        "inside `jax.shard_map` pass both whole (`in_specs=P()`)."
+        _checks.number("shard_mode", shard_mode, low=1, integer=True)
+        rounds = shard_mode
+        if num_shards is not None and num_shards % rounds:
+            msg = f"`shard_mode={rounds}` rounds do not divide `num_shards={num_shards}`."
+            raise ValueError(msg)
+    if ascent_dtype is not None:
+        _checks.floating("ascent_dtype", ascent_dtype)
+    parts = Parts(microbatch_size, ascent_examples, ascent_dtype)
+    if all(size is None for size in sizes.values()) and (ascent_dtype is None or batch_argnums is None):
+        return _Plan(parts=parts)
+    batch_at = () if batch_argnums is None else _checks.positions("batch_argnums", batch_argnums)
+    if not batch_at or set(batch_at) & set(params_at) or min(batch_at) < 0:
+        msg = (
+            "`batch_argnums` must name positional arguments other than params (`argnums`), "
+            f"got {batch_argnums} with `argnums` {tuple(params_at)}."
+        )
+        raise ValueError(msg)
+    return _Plan(num_shards or 1, rounds, parts, batch_at)
+
+
+def _check_call(call: Call, state: Any, argnums: Any, batch_argnums: Any) -> None:
+    if state is None:
+        msg = "`state=` is missing: pass the optimizer's state by keyword, `state=opt_state`."
+        raise TypeError(msg)
+    count = len(call.args)
+    if max(call.params_at, default=0) >= count or min(call.params_at, default=0) < -count:
+        msg = f"`argnums` is {argnums}, but only {count} positional arguments were given."
+        raise TypeError(msg)
+    if max(call.batch_at, default=0) >= count:
+        msg = (
+            f"`batch_argnums` is {batch_argnums}, but only {count} positional arguments were given: "
+            "pass the batch by position."
+        )
+        raise TypeError(msg)
+    _checks.params(call.params)
+
+
+def _read_state(
+    variant: SharpnessAwareTransformation, state: Any, params: Any
+) -> tuple[SharpnessAwareTransformation, SAMState]:
+    """The variant and its state, with what `optax.inject_hyperparams` holds in force."""
+    sam_state = find_state(state)
+    injected = injected_arguments(state, variant.rho_name)
+    if variant.rho_name in injected:
+        sam_state = sam_state._replace(rho=injected[variant.rho_name])
+    if injected and variant.remake is not None:
+        variant = variant.remake(**injected)
+    return variant, match_structure(sam_state, lambda: variant.init(params))
+
+
+def _metrics(evaluation: Evaluation, grads: SAMGradients, rho: jax.Array, same_loss: bool) -> SAMMetrics:
+    value, perturbed_value = _tree.upcast((evaluation.value, evaluation.perturbed_value))
+    return SAMMetrics(
+        loss=value,
+        perturbed_loss=perturbed_value,
+        sharpness=perturbed_value - value if same_loss else jnp.full_like(value, jnp.nan),
+        clean_norm=_tree.norm(grads.clean),
+        perturbed_norm=_tree.norm(grads.perturbed),
+        cosine=_tree.cosine(grads.clean, grads.perturbed),
+        perturbation_norm=evaluation.displacement,
+        rho=rho,
     )
-    raise ValueError(msg)
-
-
-def _has_holes(state: SAMState) -> bool:
-    """Whether `optax.masked` or `optax.partition` left something out."""
-
-    def is_hole(x: Any) -> bool:
-        return isinstance(x, optax.MaskedNode)
-
-    return any(is_hole(x) for x in jax.tree.leaves(state, is_leaf=is_hole))
 
 
 def _check_axis(axis_name: AxisName | None) -> None:

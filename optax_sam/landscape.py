@@ -1,11 +1,11 @@
 r"""Pictures of the loss around params: slices along lines and planes, and the path of training.
 
-A slice is evaluated by `line`, `between` or `plane`, which return arrays, and drawn by `plot_line`,
-`plot_contour` or `plot_surface`, which need the extra `sharpness` (matplotlib). Directions come from
-`random_direction`, `eigenvector_directions` or `trajectory`, or are any pytrees like params.
+The functions `line`, `between` and `plane` evaluate a slice and return arrays. The functions `plot_line`,
+`plot_contour` and `plot_surface` draw it; they need the extra `sharpness` (matplotlib). Directions come
+from `random_direction`, `eigenvector_directions` or `trajectory`, or are any pytrees like params.
 
-A picture shows two dimensions of very many. Directions that are not filter-normalized show the scale
-of the weights as much as flatness, and two pictures compare only on the same scales.
+A picture shows only one or two dimensions out of very many. Directions that are not filter-normalized show
+the scale of the weights as much as flatness. Compare two pictures only on the same scales.
 """
 
 import functools
@@ -19,16 +19,17 @@ import numpy as np
 import optax
 from numpy.typing import ArrayLike
 
-from optax_sam import _batches, _checks, _curvature, _tree
-from optax_sam._batches import LossFn
+from optax_sam import _checks, _tree
+from optax_sam.sharpness import _data, curvature
+from optax_sam.sharpness._data import LossFn
 
 
 class Line(NamedTuple):
     """The loss along a line.
 
     Attributes:
-      positions: Where it was evaluated, in multiples of the direction. shape=(n,)
-      losses: The loss there. shape=(n,)
+      positions: The points of evaluation, in multiples of the direction. shape=(n,)
+      losses: The loss at these points. shape=(n,)
     """
 
     positions: np.ndarray[Any, Any]
@@ -39,8 +40,8 @@ class Plane(NamedTuple):
     """The loss on a plane.
 
     Attributes:
-      x: The grid along the first direction, in multiples of it. shape=(n,)
-      y: The grid along the second direction. shape=(m,)
+      x: The grid along the first direction, in multiples of that direction. shape=(n,)
+      y: The grid along the second direction, in multiples of that direction. shape=(m,)
       losses: The loss at `params + x[i] * directions[0] + y[j] * directions[1]`. shape=(n, m)
     """
 
@@ -50,13 +51,13 @@ class Plane(NamedTuple):
 
 
 class Trajectory(NamedTuple):
-    """The path of training in the plane that holds most of it.
+    """The path of training, projected on the plane of its two principal directions.
 
     Attributes:
-      coordinates: The params of every checkpoint in that plane; the last one is the origin.
+      coordinates: The coordinates of every checkpoint in that plane. The last checkpoint is the origin.
         shape=(checkpoints, 2)
-      directions: The two principal directions, pytrees like params of unit norm, orthogonal.
-      explained: The shares of the path's variance along the two. shape=(2,)
+      directions: The two principal directions. They are orthogonal pytrees like params, of unit norm.
+      explained: The share of the path's variance along each of them. shape=(2,)
     """
 
     coordinates: np.ndarray[Any, Any]
@@ -65,14 +66,14 @@ class Trajectory(NamedTuple):
 
 
 def random_direction(params: optax.Params, key: Any = 0) -> optax.Params:
-    r"""A random direction, filter by filter as long as the params.
+    r"""A random direction whose filters have the same norms as those of params.
 
     .. math:: d_f \leftarrow \frac{d_f}{\|d_f\|_2} \|w_f\|_2, \quad d \sim N(0, 1)
 
-    A filter is what feeds one output: all entries of a leaf with one index on its last axis, as Flax
-    and Haiku lay out kernels. Biases and all other leaves of at most one axis stay where they are. A
-    slice along it is the same after a rescaling of whole layers that leaves the network as it is: one
-    factor for all filters of a layer, as what they feed is scaled back filter by filter of the next.
+    A filter holds the weights of one output: all entries of a leaf that share an index on the last axis, as
+    in the kernels of Flax and Haiku. The direction is zero for biases and all other leaves of at most one
+    axis. A slice along the direction does not change with a rescaling of whole layers that leaves the
+    function of the network unchanged: one factor for all filters of a layer, and its inverse for the next.
 
     Args:
       params: The params, a pytree of floating-point arrays.
@@ -82,7 +83,7 @@ def random_direction(params: optax.Params, key: Any = 0) -> optax.Params:
       The direction, a pytree like params.
 
     Raises:
-      TypeError: If params are not floating-point arrays, or the key is no key.
+      TypeError: If params are not floating-point arrays, or `key` is not a random key.
 
     Examples:
       >>> import jax.numpy as jnp, optax_sam
@@ -112,17 +113,17 @@ def random_direction(params: optax.Params, key: Any = 0) -> optax.Params:
 def eigenvector_directions(
     loss_fn: LossFn, params: optax.Params, batches: Any, k: int = 2, **options: Any
 ) -> list[optax.Params]:
-    """The directions of largest curvature, of unit norm: the steepest walls of the valley.
+    """The directions of largest curvature, of unit norm.
 
     Args:
-      loss_fn: As for `optax_sam.sharpness.top_eigenpairs`, and so are params and batches.
+      loss_fn: See `optax_sam.sharpness.top_eigenpairs`, also for params and batches.
       params: The params.
       batches: The batches.
-      k: How many directions.
+      k: The number of directions.
       **options: Other arguments of `optax_sam.sharpness.top_eigenpairs`.
 
     Returns:
-      The directions, sharpest first. Only two pictures with directions of one length compare, and the
+      The directions, sharpest first. Compare only pictures with directions of one length. Note that the
       sharpest directions differ from solution to solution.
 
     Raises:
@@ -136,7 +137,7 @@ def eigenvector_directions(
       >>> print([f"{abs(x):.3f}" for x in sharpest])
       ['1.000', '0.000']
     """
-    vectors = _curvature.top_eigenpairs(loss_fn, params, batches, k, **options).vectors
+    vectors = curvature.top_eigenpairs(loss_fn, params, batches, k, **options).vectors
     return [jax.tree.map(lambda v, i=i: v[i], vectors) for i in range(k)]
 
 
@@ -154,7 +155,7 @@ def _losses(loss_fn: LossFn, params: Any, directions: Any, points: jax.Array, ba
         there = params
         for i, direction in enumerate(directions):
             there = jax.tree.map(lambda w, d, i=i: w + point[i].astype(w.dtype) * d, there, direction)
-        return _batches.scalar_loss(loss_fn, there, batch)
+        return _data.scalar_loss(loss_fn, there, batch)
 
     return jax.vmap(loss_at)(points)
 
@@ -168,18 +169,18 @@ def _evaluate(
     chunk_size: int,
     progress: bool | None,
 ) -> np.ndarray[Any, Any]:
-    """The losses at the points, which are coordinates along the directions. shape=(number of points,)."""
+    """The losses at points given by their coordinates along the directions. shape=(number of points,)."""
     _checks.number("chunk_size", chunk_size, low=1, integer=True)
-    params, batches = _batches.prepare(loss_fn, params, batches)
+    params, batches = _data.prepare(loss_fn, params, batches)
     for i, direction in enumerate(directions):
         _checks.same_shapes(f"direction {i}", direction, params)
     directions = [_tree.cast_like(jax.tree.map(jnp.asarray, d), params) for d in directions]
-    # Whole chunks only, so that one program serves all: the last point fills the last of them up.
+    # The last point is repeated to fill the last chunk, so that all chunks share one compiled program.
     count = -(-len(points) // chunk_size)
     padded = np.concatenate([points, np.repeat(points[-1:], count * chunk_size - len(points), axis=0)])
     chunks = jnp.asarray(padded.reshape(count, chunk_size, -1))
     total = len(batches) * count if isinstance(batches, Sequence) else None
-    with _batches.progress_bar(progress, total, "landscape") as tick:
+    with _data.progress_bar(progress, total, "landscape") as tick:
 
         def losses(batch: Any) -> jax.Array:
             parts: list[jax.Array] = []
@@ -188,9 +189,9 @@ def _evaluate(
                 tick()
             return jnp.concatenate(parts)
 
-        result = np.asarray(_batches.mean(losses, batches, progress=False))[: len(points)]
-    # Far out a loss may well overflow. Near the middle it may not.
-    _batches.finite("The loss", jnp.asarray(result[np.argmin(np.sum(points**2, axis=1))]))
+        result = np.asarray(_data.mean(losses, batches, progress=False))[: len(points)]
+    # A loss may overflow far from the center. At the point nearest to the center it must be finite.
+    _data.finite("The loss", jnp.asarray(result[np.argmin(np.sum(points**2, axis=1))]))
     return result
 
 
@@ -220,15 +221,15 @@ def line(
         examples) or an iterable of batches, weighted by their sizes.
       direction: A pytree like params.
       positions: The values of t.
-      chunk_size: At how many points to evaluate at once, each with a copy of params, >= 1.
-      progress: Whether to show a progress bar; None for one on a terminal, if it takes long.
+      chunk_size: The number of points that are evaluated at once, each with a copy of params, >= 1.
+      progress: Whether to show a progress bar. None shows one on a terminal if the evaluation takes long.
 
     Returns:
-      The positions and the losses, as NumPy arrays. One pass over the batches.
+      The positions and the losses, as NumPy arrays. It takes one pass over the batches.
 
     Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range, the loss is not a
-        scalar, not finite at the position nearest to 0, or there is no batch.
+      TypeError, ValueError: If an argument has the wrong type or is out of range, the loss is not a
+        scalar or not finite at the position nearest to 0, or there is no batch.
 
     Examples:
       >>> import jax.numpy as jnp, optax_sam
@@ -263,16 +264,16 @@ def between(
     .. math:: t \mapsto L((1 - t)\,w_\mathrm{start} + t\,w_\mathrm{end})
 
     Args:
-      loss_fn: As for `line`, and so are batches, chunk_size and progress.
+      loss_fn: See `line`, also for batches, chunk_size and progress.
       start: The params at position 0.
       end: The params at position 1.
       batches: The batches.
       positions: The values of t.
-      chunk_size: At how many points to evaluate at once, each with a copy of params, >= 1.
-      progress: Whether to show a progress bar; None for one on a terminal, if it takes long.
+      chunk_size: The number of points that are evaluated at once, each with a copy of params, >= 1.
+      progress: Whether to show a progress bar. None shows one on a terminal if the evaluation takes long.
 
     Returns:
-      The positions and the losses, as NumPy arrays. One pass over the batches.
+      The positions and the losses, as NumPy arrays. It takes one pass over the batches.
 
     Raises:
       TypeError, ValueError: As for `line`.
@@ -317,18 +318,18 @@ def plane(
     .. math:: (s, t) \mapsto L(w + s d_1 + t d_2)
 
     Args:
-      loss_fn: As for `line`, and so are params, batches, chunk_size and progress.
+      loss_fn: See `line`, also for params, batches, chunk_size and progress.
       params: The params.
       batches: The batches.
-      directions: Two pytrees like params; None for two calls of `random_direction`.
+      directions: Two pytrees like params. None takes two calls of `random_direction`.
       x: The values of s.
-      y: The values of t; None for those of s.
-      chunk_size: At how many points to evaluate at once, each with a copy of params, >= 1.
+      y: The values of t. None takes the values of s.
+      chunk_size: The number of points that are evaluated at once, each with a copy of params, >= 1.
       key: The random key of the directions, or an integer seed.
-      progress: Whether to show a progress bar; None for one on a terminal, if it takes long.
+      progress: Whether to show a progress bar. None shows one on a terminal if the evaluation takes long.
 
     Returns:
-      The grid and the losses, as NumPy arrays. One pass over the batches.
+      The grid and the losses, as NumPy arrays. It takes one pass over the batches.
 
     Raises:
       TypeError, ValueError: As for `line`.
@@ -361,18 +362,18 @@ def plane(
 
 
 def trajectory(checkpoints: Iterable[optax.Params]) -> Trajectory:
-    """The path of training, projected on its two main directions.
+    """The path of training, projected on its two principal directions.
 
     Args:
-      checkpoints: The params at three or more times of training, the last ones last. They are held in
-        the main memory of the host.
+      checkpoints: The params at three or more times of training, in order of time. They are kept in the
+        main memory of the host.
 
     Returns:
-      The path, with the directions for `plane` around the last checkpoint.
+      The path. Its directions are those for a `plane` around the last checkpoint.
 
     Raises:
       TypeError, ValueError: If params are not floating-point arrays, differ in structure or shape, are
-        not finite, or are fewer than three.
+        not finite, or lie on one line, or there are fewer than three.
 
     Examples:
       >>> import jax.numpy as jnp, optax_sam
@@ -383,8 +384,8 @@ def trajectory(checkpoints: Iterable[optax.Params]) -> Trajectory:
 
     References:
       Li et al., `Visualizing the Loss Landscape of Neural Nets <https://arxiv.org/abs/1712.09913>`_,
-      NeurIPS 2018, section 7: principal components of the differences from the last params, not
-      centered again.
+      NeurIPS 2018, section 7: the principal components of the differences from the last params. The
+      differences are not centered.
     """
     flat: list[np.ndarray[Any, Any]] = []
     first, unravel = None, None
@@ -402,7 +403,7 @@ def trajectory(checkpoints: Iterable[optax.Params]) -> Trajectory:
     if not np.all(np.isfinite(steps)):
         msg = "`checkpoints` must be finite, got a NaN or an infinity among them. Has training diverged?"
         raise ValueError(msg)
-    # The small Gram matrix has the same spectrum as the large one of all params.
+    # The small Gram matrix of the steps has the same nonzero spectrum as the large one of the params.
     squares, left = np.linalg.eigh(steps @ steps.T)
     squares, left = np.maximum(squares[::-1], 0.0), left[:, ::-1]
     if squares[1] <= 1e-12 * squares[0]:
@@ -418,8 +419,8 @@ def trajectory(checkpoints: Iterable[optax.Params]) -> Trajectory:
 def _axes(axes: Any, **options: Any) -> Any:
     if axes is not None:
         return axes
-    # A figure of its own, which pyplot does not keep alive.
-    figure = _batches.extra("matplotlib.figure").Figure(layout="constrained")
+    # A figure without pyplot, which would keep it alive.
+    figure = _data.extra("matplotlib.figure").Figure(layout="constrained")
     return figure.add_subplot(**options)
 
 
@@ -427,12 +428,12 @@ def plot_line(lines: Line | dict[str, Line], axes: Any = None, *, log: bool = Fa
     """Draws the loss along one or several lines.
 
     Args:
-      lines: What `line` or `between` returned, or several under the names of the legend.
-      axes: The matplotlib axes to draw in; None for those of a new figure.
+      lines: A result of `line` or `between`, or a dict of several. Its keys are the names in the legend.
+      axes: The matplotlib axes to draw in. None makes a new figure.
       log: Whether the axis of the loss is logarithmic.
 
     Returns:
-      The axes; `axes.figure.savefig("line.png")` writes the picture.
+      The axes. `axes.figure.savefig("line.png")` writes the picture.
 
     Raises:
       ImportError: If the extra `sharpness` is not installed.
@@ -469,20 +470,21 @@ def plot_contour(
     """Draws the loss on a plane as filled contours.
 
     Args:
-      result: What `plane` returned.
-      axes: The matplotlib axes to draw in; None for those of a new figure.
-      path: What `trajectory` returned, drawn over it; the plane must have its directions.
-      levels: The levels of the contours, two or more, or how many. Give two pictures the same levels to
+      result: A result of `plane`.
+      axes: The matplotlib axes to draw in. None makes a new figure.
+      path: A result of `trajectory`, which is drawn over the contours. The plane must have its directions.
+      levels: The levels of the contours, two or more, or their number. Give two pictures the same levels to
         compare them.
-      log: Whether levels that are not given follow the logarithm of the loss.
-      colorbar: Whether to draw the scale beside it; one is enough for pictures with the same levels.
+      log: Whether the levels are spaced by the logarithm of the loss if only their number is given.
+      colorbar: Whether to draw the color scale beside the picture. One is enough for pictures with the
+        same levels.
 
     Returns:
-      The axes; `axes.figure.savefig("plane.png")` writes the picture.
+      The axes. `axes.figure.savefig("plane.png")` writes the picture.
 
     Raises:
       ImportError: If the extra `sharpness` is not installed.
-      TypeError, ValueError: If `levels` are not two numbers or more, or how many.
+      TypeError, ValueError: If `levels` is neither two or more numbers nor the number of levels.
 
     Examples:
       >>> import numpy as np, optax_sam
@@ -501,13 +503,13 @@ def plot_contour(
         if log and high > 0.0:
             levels = np.geomspace(max(low, 1e-4 * high), max(high, 1e-30) * (1 + 1e-6), levels)
         else:
-            # Levels must increase, also on a plane that is flat.
+            # Levels must increase, also if the loss is constant on the plane.
             levels = np.linspace(low, max(high, low + 1e-6 * max(abs(low), 1.0)), levels)
     levels = np.asarray(levels)
     if levels.size < 2:
         msg = f"`levels` must be two increasing numbers or more, or how many, got {levels.tolist()}."
         raise ValueError(msg)
-    norm = _batches.extra("matplotlib.colors").BoundaryNorm(levels, 256, extend="both")
+    norm = _data.extra("matplotlib.colors").BoundaryNorm(levels, 256, extend="both")
     filled = axes.contourf(
         result.x, result.y, losses.T, levels=levels, norm=norm, cmap="viridis", extend="both"
     )
@@ -526,13 +528,13 @@ def plot_surface(result: Plane, axes: Any = None, *, largest: float | None = Non
     """Draws the loss on a plane as a surface.
 
     Args:
-      result: What `plane` returned.
-      axes: The matplotlib axes to draw in, with `projection="3d"`; None for those of a new figure.
-      largest: Where to cut the loss off and end the axis, > 0; None for no cut. Give two pictures the
-        same to compare them.
+      result: A result of `plane`.
+      axes: The matplotlib axes to draw in, with `projection="3d"`. None makes a new figure.
+      largest: The value at which the loss is cut off and the axis ends, > 0. None cuts nothing. Give two
+        pictures the same value to compare them.
 
     Returns:
-      The axes; `axes.figure.savefig("surface.png")` writes the picture.
+      The axes. `axes.figure.savefig("surface.png")` writes the picture.
 
     Raises:
       ImportError: If the extra `sharpness` is not installed.
@@ -552,9 +554,9 @@ def plot_surface(result: Plane, axes: Any = None, *, largest: float | None = Non
     if largest is not None:
         losses = np.minimum(losses, largest)
     grid = np.meshgrid(result.x, result.y, indexing="ij")
-    # The root of the loss: colors for the valley, which is what there is to see.
+    # Colors follow the root of the loss, so that they distinguish small losses.
     low, high = float(np.nanmin(losses)), float(np.nanmax(losses)) if largest is None else largest
-    norm = _batches.extra("matplotlib.colors").PowerNorm(0.5, low, high)
+    norm = _data.extra("matplotlib.colors").PowerNorm(0.5, low, high)
     axes.plot_surface(
         *grid, losses, cmap="viridis", norm=norm, rstride=1, cstride=1,
         linewidth=0.15, edgecolor=(1, 1, 1, 0.35), antialiased=True,

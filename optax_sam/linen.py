@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from optax_sam import _tree, _value_and_grad
-from optax_sam._transformation import SharpnessAwareTransformation
+from optax_sam._variant import SharpnessAwareTransformation
 
 
 def dynamic_scale_value_and_grad(

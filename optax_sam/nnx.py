@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_sam import _checks, _value_and_grad
-from optax_sam._transformation import SharpnessAwareTransformation
+from optax_sam._variant import SharpnessAwareTransformation
 
 
 def sam_value_and_grad(

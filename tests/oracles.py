@@ -170,6 +170,21 @@ def same(
     return np.asarray(gains)[kind] * g_p + np.asarray(clean_gains)[kind] * g, memory
 
 
+def friendly_sam(grad: Any, w: Any, t: int, memory: Any, *, rho: float, sigma: float, decay: float) -> Any:
+    """Li, Zhou et al.: up along what the average of the steps before does not explain."""
+    g = grad(w)
+    if t == 0:
+        return grad(w + rho * unit(g)), g
+    return grad(w + rho * unit(g - sigma * memory)), decay * memory + (1 - decay) * g
+
+
+def vasso(grad: Any, w: Any, t: int, memory: Any, *, rho: float, theta: float) -> Any:
+    """Li and Giannakis: up along the average, the new gradient included."""
+    g = grad(w)
+    average = g if t == 0 else (1 - theta) * memory + theta * g
+    return grad(w + rho * unit(average)), average
+
+
 def async_sam(grad: Any, w: Any, t: int, memory: Any, *, rho: float) -> Any:
     """Jo et al., a delay of one step: up along the clean gradient of the step before."""
     g = grad(w)
@@ -234,6 +249,8 @@ ORACLES: dict[str, Callable[..., Any]] = {
     "bsam": functools.partial(bsam, rho=0.05, rate=0.1, n=100),
     "looksam": functools.partial(looksam, rho=0.1, k=4, alpha=0.7, parts=(slice(None),)),
     "looksam_per_leaf": functools.partial(looksam, rho=0.1, k=2, alpha=0.7, parts=LEAVES),
+    "friendly_sam": functools.partial(friendly_sam, rho=0.1, sigma=0.8, decay=0.7),
+    "vasso": functools.partial(vasso, rho=0.1, theta=0.4),
     "async_sam": functools.partial(async_sam, rho=0.1),
     "async_sam_perturbed": functools.partial(one_gradient, rho=0.1),
     "msam": functools.partial(msam, rho=0.1, rate=0.01, momentum=0.9),

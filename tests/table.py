@@ -67,17 +67,26 @@ ROWS = (
         kwargs={"rho": 0.01, "ascent": _ASCENT.normalized(jnp.inf)},
         static_args=("ascent",),
     ),
-    _row("sam_pgd", optax_sam.sam, algebra=36, kwargs={"rho": 0.1, "steps": 3}, evaluations=(4,)),
+    _row(
+        "sam_pgd",
+        optax_sam.sam,
+        algebra=36,
+        kwargs={"rho": 0.1, "steps": 3},
+        static_args=("steps",),
+        evaluations=(4,),
+    ),
     _row(
         "sam_split",
         optax_sam.sam,
         kwargs={"rho": 0.1, "steps": 2, "step_mode": "split"},
+        static_args=("steps",),
         evaluations=(3,),
     ),
     _row(
         "sam_free",
         optax_sam.sam,
         kwargs={"rho": 0.1, "steps": 2, "step_mode": "free"},
+        static_args=("steps",),
         evaluations=(3,),
     ),
     _row(
@@ -141,6 +150,13 @@ ROWS = (
         evaluations=(2, 1),
         memory_copies=1,
     ),
+    _row(
+        "friendly_sam",
+        optax_sam.friendly_sam,
+        kwargs={"rho": 0.1, "sigma": 0.8, "decay": 0.7},
+        memory_copies=1,
+    ),
+    _row("vasso", optax_sam.vasso, kwargs={"rho": 0.1, "theta": 0.4}, memory_copies=1),
     _row("async_sam", optax_sam.async_sam, kwargs={"rho": 0.1}, memory_copies=1),
     _row(
         "async_sam_perturbed",

@@ -10,7 +10,9 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from optax_sam import _batches, _curvature, sharpness
+import optax_sam
+from optax_sam import landscape, sharpness
+from optax_sam.sharpness import _data, curvature
 
 _RNG = np.random.default_rng(0)
 IMAGES = jnp.asarray(_RNG.normal(size=(24, 4)), jnp.float32)
@@ -74,7 +76,7 @@ class TestAgainstTheDenseMatrix:
 
     def test_top_eigenpairs(self, loss: Any, dense: Any) -> None:
         values, vectors = np.linalg.eigh(dense())
-        # By Lanczos in a space of 30 of the 42 dimensions, then by the dense matrix.
+        # First by Lanczos in 30 of the 42 dimensions, then by the dense matrix.
         for num_matvecs in (30, 1000):
             top = sharpness.top_eigenpairs(loss, PARAMS, DATA, k=3, num_matvecs=num_matvecs)
             np.testing.assert_allclose(top.values, values[::-1][:3], rtol=1e-4)
@@ -119,7 +121,7 @@ class TestTopEigenpairs:
         np.testing.assert_allclose(top.smallest, -2.0, rtol=0.02)
 
     def test_rank_below_the_number_of_products(self) -> None:
-        # The Krylov space closes after three steps: what follows must not be taken for eigenvalues.
+        # The Krylov space closes after three steps. Later entries must not be taken for eigenvalues.
         values = np.concatenate([[3.0, 1.0], np.zeros(98)])
         loss = diagonal_loss(values)
         top = sharpness.top_eigenpairs(loss, jnp.zeros(100), jnp.ones(3), k=2, num_matvecs=40)
@@ -169,7 +171,7 @@ class TestSpectralDensity:
         np.testing.assert_allclose(density.weights.sum(), 1.0, rtol=1e-5)
         grid, curve = density.smooth()
         np.testing.assert_allclose(np.trapezoid(curve, grid), 1.0, rtol=0.01)
-        # The masses of both eigenvalues, under their bumps.
+        # The curve above 2.5 holds the mass of the larger eigenvalue.
         np.testing.assert_allclose(np.trapezoid(curve[grid > 2.5], grid[grid > 2.5]), 0.25, rtol=0.01)
         grid, curve = density.smooth(np.linspace(-1.0, 6.0, 50), bandwidth=0.5)
         assert grid.shape == curve.shape == (50,)
@@ -192,8 +194,8 @@ class TestSpectralDensity:
 def test_batches_are_accumulated_in_constant_memory() -> None:
     def temporary_bytes(count: int) -> int:
         batch = jnp.ones((512, 4)), jnp.zeros(512, jnp.int32)
-        groups = _batches.stack([batch] * count)
-        program = _curvature._lanczos.lower(loss_fn, 5, False, PARAMS, groups, FLAT).compile()
+        groups = _data.stack([batch] * count)
+        program = curvature._lanczos.lower(loss_fn, 5, False, PARAMS, groups, FLAT).compile()
         return program.memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(32) < 1.2 * temporary_bytes(2)
@@ -206,6 +208,75 @@ def test_vectors_and_functions_are_checked() -> None:
         sharpness.gauss_newton_vector_product(None, output_loss, PARAMS, DATA, PARAMS)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="`output_loss` must be"):
         sharpness.gauss_newton_vector_product(logits_fn, 3, PARAMS, DATA, PARAMS)  # type: ignore[arg-type]
+
+
+class TestCompositeLoss:
+    """Its parts take inputs and targets, those of `GaussNewton` take the batch."""
+
+    LOSS = optax_sam.CompositeLoss(
+        lambda params, images: logits_fn(params, (images,)),
+        lambda logits, labels: output_loss(logits, (None, labels)),
+    )
+    WITH_AUX = optax_sam.CompositeLoss(
+        lambda params, images: (logits_fn(params, (images,)), {"examples": len(images)}),
+        LOSS.output_loss,
+        has_aux=True,
+    )
+    BATCHES = (IMAGES[:10], LABELS[:10]), (IMAGES[10:], LABELS[10:])
+
+    @pytest.mark.parametrize("loss", [LOSS, WITH_AUX])
+    @pytest.mark.parametrize("batches", [DATA, list(BATCHES)])
+    def test_gives_the_numbers_of_gauss_newton(self, loss: Any, batches: Any) -> None:
+        for measure in (
+            lambda f: sharpness.hessian_vector_product(f, PARAMS, batches, PARAMS),
+            lambda f: sharpness.top_eigenpairs(f, PARAMS, batches, k=2, num_matvecs=20).values,
+            lambda f: sharpness.hessian_trace(f, PARAMS, batches, num_samples=3),
+            lambda f: sharpness.hessian_diagonal(f, PARAMS, batches, num_samples=3),
+            lambda f: sharpness.spectral_density(f, PARAMS, batches, num_probes=1, num_matvecs=8).moment(2),
+            lambda f: sharpness.relative_flatness(f, PARAMS, batches, "first", num_samples=3),
+            lambda f: sharpness.gradient_norm(f, PARAMS, batches),
+            lambda f: sharpness.one_step_sharpness(f, PARAMS, batches, 0.1),
+            lambda f: landscape.line(f, PARAMS, batches, PARAMS, positions=[0.0, 1.0]).losses,
+        ):
+            jax.tree.map(
+                functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7),
+                measure(loss),
+                measure(GAUSS_NEWTON),
+            )
+
+    def test_equals_the_product_of_the_two_functions(self) -> None:
+        product = sharpness.gauss_newton_vector_product(logits_fn, output_loss, PARAMS, DATA, PARAMS)
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7),
+            sharpness.hessian_vector_product(self.LOSS, PARAMS, DATA, PARAMS),
+            product,
+        )
+
+    def test_an_equal_loss_is_not_traced_again(self) -> None:
+        traces: list[int] = []
+
+        def model_fn(params: Any, images: jax.Array) -> jax.Array:
+            traces.append(1)
+            return logits_fn(params, (images,))
+
+        for i in range(2):
+            loss = optax_sam.CompositeLoss(model_fn, self.LOSS.output_loss)
+            sharpness.hessian_trace(loss, PARAMS, DATA, num_samples=2)
+            if i == 0:
+                first = len(traces)
+        assert len(traces) == first
+
+    @pytest.mark.parametrize("batches", [IMAGES, [IMAGES, LABELS], (IMAGES, LABELS, LABELS)])
+    def test_a_batch_that_is_no_pair(self, batches: Any) -> None:
+        for measure in (sharpness.gradient_norm, sharpness.hessian_trace):
+            with pytest.raises(ValueError, match=r"With a `CompositeLoss` .* a pair `\(inputs, targets"):
+                measure(self.LOSS, PARAMS, batches)
+
+
+def test_relative_flatness_is_that_of_the_hessian() -> None:
+    measure = functools.partial(sharpness.relative_flatness, num_samples=3)
+    flatness = [measure(f, PARAMS, DATA, "first").mean for f in (loss_fn, GAUSS_NEWTON)]
+    np.testing.assert_allclose(*flatness, rtol=1e-5)
 
 
 @pytest.mark.parametrize("outlier", [1e6, 1e8])
@@ -223,7 +294,7 @@ def test_an_outlier_does_not_end_the_search_in_float64(outlier: float) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_space_that_closes_in_float64_ends_the_search(seed: int) -> None:
-    """A dense matrix of rank 4, and one of three eigenvalues: nothing outside of their spectra comes out."""
+    """Matrices of rank 4, and of three eigenvalues: the results stay within their spectra."""
     random = np.random.default_rng(seed)
     basis = np.linalg.qr(random.normal(size=(150, 150)))[0]
     spectra = np.r_[np.zeros(146), 1e-3, 2.0, 3.0, 5e4], np.repeat([-4.0, 0.5, 1e3], 50)
@@ -251,5 +322,5 @@ def test_a_space_that_closes_in_float64_ends_the_search(seed: int) -> None:
 
 def test_a_spectrum_as_wide_as_its_rounding_is_smoothed_as_one_point() -> None:
     nodes = jnp.full((2, 4), 2.0).at[0, 0].add(2.4e-7)
-    grid, curve = _curvature.SpectralDensity(nodes, jnp.full((2, 4), 1 / 8)).smooth()
+    grid, curve = curvature.SpectralDensity(nodes, jnp.full((2, 4), 1 / 8)).smooth()
     np.testing.assert_allclose(np.trapezoid(curve, grid), 1.0, atol=0.01)

@@ -16,7 +16,7 @@ from quick import QUICK
 
 import optax_sam
 from benchmarks import hlo
-from optax_sam._objective import Objective
+from optax_sam._loss import Loss, Pass, Peers
 
 DEVICES = 8
 STEPS = 3
@@ -111,10 +111,12 @@ def reference(name):
 
         def evaluate(part):
             number, examples = part
-            objective = Objective(shard=number).on(
-                jax.value_and_grad(lambda w: (loss(w, examples), None), has_aux=True)
-            )
-            evaluation, _ = variant.evaluate(objective, params, optax.tree.get(state, "SAMState"))
+
+            def pass_at(w, _):
+                return Pass(*jax.value_and_grad(loss)(w, examples))
+
+            own = Loss(params, pass_at, pass_at, Peers(shard=number))
+            evaluation = variant.evaluate(own, optax.tree.get(state, "SAMState"))
             return evaluation.value, evaluation.gradients
 
         found = jax.lax.map(evaluate, (jnp.arange(len(parts)), parts))
@@ -333,10 +335,10 @@ def test_noise(how):
             return loss(params, batch)
 
         # Not under `jit`, which would hide the points from this list.
-        objective = Objective(axis_name="data", share_ascent=how is GLOBAL, sharded_over="data").on(
-            lambda w: ((spy(w, batch), None), jax.grad(loss)(w, batch))
-        )
-        variant.evaluate(objective, params, state)
+        def pass_at(w, _):
+            return Pass(spy(w, batch), jax.grad(loss)(w, batch))
+
+        variant.evaluate(Loss(params, pass_at, pass_at, Peers("data", how is LOCAL)), state)
         return seen[0][None]
 
     run = jax.jit(
@@ -425,35 +427,68 @@ def test_an_axis_of_vmap_is_an_axis(how):
 
 
 def test_devices_agree_on_a_decision_taken_from_the_gradient():
-    """A custom rule that skips its second gradient by what it sees must let the devices agree first."""
+    """A rule that skips its second gradient by what it sees: all devices and shards take the mean of it.
 
-    def evaluate(objective, params, state):
-        clean = objective.at(params)
-        # Each device sees another norm: half of them would enter the branch below and wait for ever.
-        norm = optax.tree.norm(clean.gradient)
-        norm = norm if objective.axis_name is None else jax.lax.pmax(norm, objective.axis_name)
-
-        def perturb():
-            step = optax_sam.ascent.normalized()(clean.gradient, state.rho, params)
-            return objective.combine(clean, objective.at(params, step))
-
-        return jax.lax.cond(norm > threshold, perturb, lambda: objective.combine(clean, None)), None
-
+    Each peer alone sees another norm. Half of the devices would wait for the others for ever.
+    """
     params, batch = make_params(), make_batch()
-    norms = sorted(
-        float(optax.tree.norm(jax.grad(loss)(params, part))) for part in batch.reshape(DEVICES, -1, 8)
-    )
-    for threshold in ((norms[3] + norms[4]) / 2, norms[-1] + 1.0):
-        variant = optax_sam.sharpness_aware(0.1, evaluate=evaluate)
+    parts = batch.reshape(DEVICES, -1, 8)
+    norms = np.array([float(optax.tree.norm(jax.grad(loss)(params, part))) for part in parts])
+    climb = optax_sam.ascent.normalized()
 
-        def run(params, state, batch, variant=variant):
-            return optax_sam.sam_value_and_grad(loss, variant, **LOCAL)(params, batch, state=state)[1]
+    def variant_above(threshold):
+        def evaluate(loss, state):
+            clean = loss.ascent()
+            due = loss.mean(optax.tree.norm(clean.gradient)) > threshold
 
-        run = jax.shard_map(run, mesh=make_mesh(), in_specs=(P(), P(), P("data")), out_specs=P())
-        grads = jax.jit(run)(params, variant.init(params), batch)
-        same = bool(jnp.all(grads.clean["scale"] == grads.perturbed["scale"]))
-        assert same == (threshold > norms[-1])
-        np.testing.assert_allclose(grads.clean["scale"], jax.grad(loss)(params, batch)["scale"])
+            def perturbed():
+                return loss.at(climb(clean.gradient, state.rho, loss.params))
+
+            return loss.pair(clean, perturbed, when=due)
+
+        return optax_sam.sharpness_aware(0.1, evaluate=evaluate)
+
+    def gradients(part):
+        clean = jax.grad(loss)(params, part)
+        return clean, jax.grad(loss)(optax.tree.add(params, climb(clean, 0.1, params)), part)
+
+    clean, perturbed = jax.tree.map(lambda x: jnp.mean(x, axis=0), jax.vmap(gradients)(parts))
+    whole = float(optax.tree.norm(jax.grad(loss)(params, batch)))
+    forms = {
+        "devices, local": (LOCAL, P("data"), np.mean(norms)),
+        "shards": (SHARDS, P(), np.mean(norms)),
+        "shards of devices": (LOCAL | SHARDS | {"num_shards": 1}, P("data"), np.mean(norms)),
+        "devices, global": (GLOBAL, P("data"), whole),
+    }
+    for name, (how, spec, level) in forms.items():
+        for threshold, is_due in ((0.999 * level, True), (1.001 * level, False)):
+            assert min(norms) < threshold < max(norms) or name == "devices, global"
+            variant = variant_above(threshold)
+
+            def run(params, state, batch, variant=variant, how=how):
+                return optax_sam.sam_value_and_grad(loss, variant, **how)(params, batch, state=state)[1]
+
+            run = jax.shard_map(run, mesh=make_mesh(), in_specs=(P(), P(), spec), out_specs=P())
+            grads = jax.jit(run)(params, variant.init(params), batch)
+            chex.assert_trees_all_close(grads.clean, clean, rtol=1e-9)
+            expected = perturbed if is_due else clean
+            if name == "devices, global" and is_due:
+                point = optax.tree.add(params, climb(clean, 0.1, params))
+                expected = jax.grad(loss)(point, batch)
+            chex.assert_trees_all_close(grads.perturbed, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("mode", ["loop", 2])
+def test_shards_that_cannot_agree_are_refused(mode):
+    def evaluate(loss, state):
+        del state
+        clean = loss.ascent()
+        return loss.pair(clean, loss.at, when=loss.mean(clean.value) > 0.0)
+
+    variant, params = optax_sam.sharpness_aware(0.1, evaluate=evaluate), make_params()
+    run = optax_sam.sam_value_and_grad(loss, variant, **SHARDS, shard_mode=mode)
+    with pytest.raises(ValueError, match=r"decides by a gradient.*all shards must decide alike.*'vmap'"):
+        run(params, make_batch(), state=variant.init(params))
 
 
 @pytest.mark.parametrize("row", [row for row in table.ROWS if len(row.evaluations) > 1], ids=lambda r: r.name)

@@ -1,4 +1,4 @@
-"""Slices of the loss against what can be computed by hand, and the pictures of them."""
+"""Slices of the loss against closed forms, and the pictures of them."""
 
 import sys
 from typing import Any
@@ -55,7 +55,7 @@ class TestRandomDirection:
         }
         planes = [landscape.plane(relu_loss, p, IMAGES, x=X, key=3).losses for p in (PARAMS, rescaled)]
         np.testing.assert_allclose(*planes, rtol=1e-4)
-        # A direction that is not normalized shows the scale of the layers.
+        # A direction that is not normalized depends on the scale of the layers.
         plain = jax.tree.map(jnp.ones_like, PARAMS)
         lines = [landscape.line(relu_loss, p, IMAGES, plain, positions=X).losses for p in (PARAMS, rescaled)]
         assert not np.allclose(*lines, rtol=0.1)
@@ -99,7 +99,7 @@ class TestSlices:
             traces.append(1)
             return bowl(w, batch)
 
-        for _ in range(2):  # 81 points in chunks of 16, on three batches, twice.
+        for _ in range(2):  # Twice 81 points in chunks of 16, on three batches.
             landscape.plane(counted, jnp.zeros(2), [ONES] * 3, (jnp.ones(2), jnp.ones(2)), x=X)
             assert len(traces) == 1
 
@@ -134,7 +134,7 @@ class TestSlices:
             landscape.between(bowl, w, jnp.zeros(3), ONES)
         with pytest.raises(ValueError, match="`end` must have the structure of params") as caught:
             landscape.between(bowl, {"a": w}, {"b": w}, ONES)
-        assert "optax" not in str(caught.value)  # Of updates there is no talk here.
+        assert "optax" not in str(caught.value)  # The message does not mention updates.
         with pytest.raises(ValueError, match=r"`k` .*\[1, 2\], got 3"):
             landscape.eigenvector_directions(bowl, w, ONES, k=3)
 
@@ -155,7 +155,7 @@ class TestTrajectory:
         np.testing.assert_allclose(
             np.linalg.norm(path.coordinates, axis=1), np.linalg.norm(plane, axis=1), atol=1e-4
         )
-        # From the last params, along the directions, one gets to every checkpoint.
+        # The coordinates along the directions lead from the last params to every checkpoint.
         for point, (x, y) in zip(points, path.coordinates, strict=True):
             there = jax.tree.map(
                 lambda w, d, e, x=x, y=y: w + x * d + y * e, as_params(points[-1]), *path.directions
@@ -189,7 +189,7 @@ class TestPictures:
         np.testing.assert_allclose(np.stack(axes.lines[0].get_data(), 1), path.coordinates)
         axes.figure.savefig(tmp_path / "plane.png")
         assert (tmp_path / "plane.png").stat().st_size > 1000
-        # Losses that overflow, or that are negative, have contours too.
+        # Losses that overflow or are negative also have contours.
         for losses in (np.where(BOWL.losses > 3, np.nan, BOWL.losses), BOWL.losses - 10):
             landscape.plot_contour(BOWL._replace(losses=losses), levels=5, colorbar=False).figure.savefig(
                 tmp_path / "plane.png"

@@ -11,7 +11,7 @@ import table
 from quick import QUICK
 
 import optax_sam
-from optax_sam._objective import Objective
+from optax_sam._loss import Loss, Pass, Peers
 
 SHARDS = 4
 by_name = pytest.mark.parametrize("row", table.ROWS, ids=lambda row: row.name)
@@ -44,10 +44,11 @@ def test_parts_are_the_mean_of_single_evaluations(row):
 
         def alone(part):
             number, examples = part
-            objective = Objective(shard=number).on(
-                jax.value_and_grad(lambda w: (table.loss(w, examples), None), has_aux=True)
-            )
-            evaluation, _ = variant.evaluate(objective, params, state)
+
+            def pass_at(w, _):
+                return Pass(*jax.value_and_grad(table.loss)(w, examples))
+
+            evaluation = variant.evaluate(Loss(params, pass_at, pass_at, Peers(shard=number)), state)
             return evaluation.value, evaluation.gradients
 
         def run(batch):
@@ -237,11 +238,17 @@ def test_microbatches_keep_small_gradients_of_a_scaled_loss():
 def test_noise_differs_between_shards_and_is_reproducible():
     variant = table.BY_NAME["bsam"].make()
     params, state = table.params(), variant.init(table.params())
-    objective = Objective(value_and_grad=lambda w: ((w["scale"], w["scale"]), w))
-    points = [float(variant.evaluate(objective.on_shard(i, 8), params, state)[1]) for i in range(8)]
+
+    def point(*peers):
+        def pass_at(w, _):
+            return Pass(w["scale"], w)
+
+        return float(variant.evaluate(Loss(params, pass_at, pass_at, Peers(*peers)), state).value)
+
+    points = [point(None, True, i, 8) for i in range(8)]
     assert len(set(points)) == 8
-    assert points[3] == float(variant.evaluate(objective.on_shard(3, 8), params, state)[1])
-    assert float(variant.evaluate(objective, params, state)[1]) == points[0]
+    assert points[3] == point(None, True, 3, 8)
+    assert point() == points[0]
 
 
 def test_a_skipped_evaluation_is_skipped_in_every_shard():

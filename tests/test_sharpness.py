@@ -1,4 +1,4 @@
-"""Measures of sharpness against closed forms, and how they walk over batches."""
+"""Measures of sharpness against closed forms, and how they iterate over batches."""
 
 import functools
 import sys
@@ -27,7 +27,7 @@ def quadratic(w: Any, batch: jax.Array) -> jax.Array:
     return jnp.mean(batch) * (w @ jnp.asarray(SLOPE, w.dtype) + w @ jnp.asarray(HESSIAN, w.dtype) @ w / 2)
 
 
-# A network with a kink-free activation, and one that a rescaling of layers leaves alone.
+# A network with a smooth activation. Below it also has ReLU, for which a rescaling of layers changes nothing.
 IMAGES = jnp.asarray(_RNG.normal(size=(24, 5)), jnp.float32)
 LABELS = jnp.asarray(_RNG.integers(0, 3, 24))
 DATA = IMAGES, LABELS
@@ -57,7 +57,7 @@ def relu_loss_fn(params: Any, batch: Any) -> jax.Array:
 
 
 def rescaled(params: Any, factor: float) -> Any:
-    """The same ReLU network: the first layer is scaled up, the second one down."""
+    """The same ReLU network, with the first layer scaled up and the second one down."""
     first, second = params["first"], params["second"]
     return {
         "first": {"kernel": first["kernel"] * factor, "bias": first["bias"] * factor},
@@ -65,7 +65,7 @@ def rescaled(params: Any, factor: float) -> Any:
     }
 
 
-# Quick to compile, for what does not depend on the network.
+# A model that compiles quickly, for tests that do not depend on the network.
 SMALL = {"second": {"kernel": NET["first"]["kernel"], "bias": NET["first"]["bias"]}}
 
 
@@ -74,7 +74,7 @@ def small_loss_fn(params: Any, batch: Any) -> jax.Array:
 
 
 def trust_region(gradient: Any, hessian: Any, rho: float) -> float:
-    """The maximum of a quadratic on a ball whose border holds it, by bisection of the secular equation."""
+    """The maximum of a quadratic on the border of a ball, by bisection of the secular equation."""
     values, vectors = np.linalg.eigh(hessian)
     g = vectors.T @ gradient
     low, high = values[-1], values[-1] + np.linalg.norm(g) / rho + 1.0
@@ -170,7 +170,7 @@ class TestClosedForms:
         np.testing.assert_allclose(error, deviation, rtol=0.1)
 
     def test_m_sharpness_of_single_examples(self) -> None:
-        # Each example pulls a linear loss its own way: the maximum is rho |x|.
+        # The loss of one example is linear with gradient x, so the maximum is rho |x|.
         x = jnp.asarray(_RNG.normal(size=(7, 3)), jnp.float32)
 
         def linear(w: jax.Array, batch: jax.Array) -> jax.Array:
@@ -178,7 +178,7 @@ class TestClosedForms:
 
         measure = functools.partial(sharpness.m_sharpness, linear, jnp.ones(3), x, 0.3)
         np.testing.assert_allclose(measure(m=1), 0.3 * np.linalg.norm(x, axis=1).mean(), rtol=1e-5)
-        # Sets of two, two, two and the one that is left.
+        # Three sets of two examples, and one set of the remaining example.
         means = [np.mean(x[i : i + 2], axis=0) for i in range(0, 7, 2)]
         exact = 0.3 * np.average(np.linalg.norm(means, axis=1), weights=[2, 2, 2, 1])
         np.testing.assert_allclose(measure(m=2), exact, rtol=1e-5)
@@ -239,7 +239,7 @@ class TestClosedForms:
         np.testing.assert_allclose(found, exact, rtol=1e-5)
         sampled = sharpness.fisher_rao_norm(lambda w, x: x @ w, weights, IMAGES, num_samples=20_000)
         np.testing.assert_allclose(sampled, exact, rtol=0.01)
-        # Positions of one example are independent and add up, here two of a kind.
+        # The positions of one example are independent and add up. Here two positions are equal.
         twice = sharpness.fisher_rao_norm(lambda w, x: jnp.stack([x @ w] * 2, 1), weights, IMAGES)
         np.testing.assert_allclose(twice, 2**0.5 * exact, rtol=1e-5)
         sampled = sharpness.fisher_rao_norm(
@@ -261,7 +261,7 @@ class TestClosedForms:
 
 
 class TestRescaling:
-    """What does not change when a layer is scaled up and the next one down."""
+    """Which measures do not change when a layer is scaled up and the next one down."""
 
     @pytest.mark.parametrize("ord", [2.0, jnp.inf])
     def test_worst_case(self, ord: float) -> None:
@@ -351,14 +351,14 @@ STREAMED = [
     _hessian_product,
 ]
 MEASURES = [*STREAMED, _eigenvalues, _trace, _diagonal, _density]
-# Without those that run the programs of others.
+# Without the measures that run the programs of other measures.
 DISTINCT = [m for m in MEASURES if m not in (_adaptive, _gap, _diagonal)]
-# Batches of 10, 10 and 4; sets of two do not straddle them.
+# Batches of 10, 10 and 4 examples. All sizes are even, so that sets of two stay within a batch.
 SPLIT = [(IMAGES[i : i + 10], LABELS[i : i + 10]) for i in (0, 10, 20)]
 
 
 class _Loader:
-    """Walked over as often as one likes, without a length."""
+    """An iterable without a length that can be iterated any number of times."""
 
     def __iter__(self) -> Any:
         return iter(SPLIT)
@@ -397,10 +397,10 @@ def test_no_retracing_per_batch(measure: Any) -> None:
     equal = [(IMAGES[i : i + 6], LABELS[i : i + 6]) for i in (0, 6, 12)]
     measure(counted, SMALL, equal[:2])
     first = len(traces)
-    # What runs batch by batch is compiled already; what is compiled for the number of batches once more.
+    # Measures that run batch by batch are compiled already. The others compile once per number of batches.
     measure(counted, SMALL, equal)
     assert len(traces) - first in ((0,) if measure in STREAMED else (0, first))
-    # Again, with other values: compiled already, all of it.
+    # With other values nothing is compiled again.
     first = len(traces)
     measure(counted, jax.tree.map(lambda w: w + 0.1, SMALL), [equal[2], *equal[:2]])
     assert len(traces) == first
@@ -421,7 +421,7 @@ def test_sharded_params(measure: Any) -> None:
     mesh = Mesh(np.array(jax.devices()), ("x",), axis_types=(AxisType.Auto,))
 
     def put(leaf: jax.Array) -> jax.Array:
-        # The kernels' axes of length 8 are spread over the 8 devices.
+        # The axes of length 8 are sharded over the 8 devices.
         spec = [("x" if n == 8 else None) for n in leaf.shape]
         return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
 
@@ -457,7 +457,7 @@ def test_half_precision_does_not_swallow_the_perturbation() -> None:
         return jnp.mean(batch) * jnp.sum(w**2)
 
     w = jnp.full(4, 100.0, jnp.bfloat16)
-    # 1e-2 / 2 is below the spacing of bfloat16 at 100, a half.
+    # The perturbation 1e-2 / 2 is below the spacing of bfloat16 at 100, which is a half.
     np.testing.assert_allclose(sharpness.one_step_sharpness(loss, w, ONES, 1e-2), 2 * 200.0 * 1e-2, rtol=0.02)
 
 
@@ -477,7 +477,7 @@ def test_progress(capsys: pytest.CaptureFixture[str]) -> None:
     assert "12/12" in capsys.readouterr().err
     sharpness.spectral_density(small_loss_fn, SMALL, SPLIT, num_probes=2, num_matvecs=10, progress=True)
     assert "20/20" in capsys.readouterr().err
-    for progress in (False, None):  # None: this is no terminal.
+    for progress in (False, None):  # None shows nothing here, because stderr is not a terminal.
         sharpness.gradient_norm(small_loss_fn, SMALL, SPLIT, progress=progress)
         assert capsys.readouterr().err == ""
 
@@ -545,7 +545,7 @@ class TestBadInput:
         with pytest.raises(TypeError, match="needs two gradients and got a single one"):
             measure(grads)
         pair = optax_sam.SAMGradients(jnp.ones(3), jnp.full(3, 2.0))
-        mapping = {"clean": pair.clean, "perturbed": pair.perturbed}  # What `flax.nnx` makes of them.
+        mapping = {"clean": pair.clean, "perturbed": pair.perturbed}  # As `flax.nnx` passes them.
         jax.tree.map(np.testing.assert_array_equal, measure(mapping), measure(pair))
 
     def test_batches(self) -> None:
@@ -593,7 +593,7 @@ class TestWithoutTheExtra:
 
 
 def test_an_ascent_that_starts_where_the_loss_is_no_number_is_left_out() -> None:
-    """Elsewhere in the ball it rises by 18.3, and no restart makes the largest rise smaller."""
+    """The loss rises by 18.3 elsewhere in the ball. Restarts must not make the largest rise smaller."""
 
     def barrier(w: jax.Array, batch: jax.Array) -> jax.Array:
         return -jnp.mean(batch) * jnp.sum(jnp.log(w))

@@ -3,9 +3,10 @@
 import optax
 
 from optax_sam import ascent as ascents
-from optax_sam._transformation import SharpnessAwareTransformation, sharpness_aware
+from optax_sam._variant import SharpnessAwareTransformation, constructor, sharpness_aware
 
 
+@constructor
 def asam(
     rho: optax.ScalarOrSchedule = 0.5, *, eta: float = 0.01, adaptive_mask: ascents.Mask | None = None
 ) -> SharpnessAwareTransformation:

@@ -2,16 +2,16 @@
 
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from optax_sam import _checks, _tree
 from optax_sam import ascent as ascents
-from optax_sam._objective import Evaluation, Objective, SAMGradients
-from optax_sam._transformation import SAMState, SharpnessAwareTransformation, sharpness_aware
+from optax_sam._loss import Evaluation, Loss, SAMGradients, serializable
+from optax_sam._state import SAMState
+from optax_sam._variant import SharpnessAwareTransformation, constructor, sharpness_aware
 
 
+@serializable
 class AsyncSAMMemory(NamedTuple):
     """What AsyncSAM remembers.
 
@@ -23,6 +23,7 @@ class AsyncSAMMemory(NamedTuple):
     gradient: optax.Updates
 
 
+@constructor
 def async_sam(
     rho: optax.ScalarOrSchedule = 0.05, *, reuse: str = "clean", ascent: ascents.Ascent | None = None
 ) -> SharpnessAwareTransformation:
@@ -72,26 +73,21 @@ def async_sam(
     _checks.choice("reuse", reuse, ("clean", "perturbed"))
     rule = ascents.resolve(ascent)
 
-    def evaluate(objective: Objective, params: optax.Params, state: SAMState) -> tuple[Evaluation, Any]:
-        previous = state.memory.gradient
-        if reuse == "perturbed":
-            here = objective.ascent_at(params, rule(previous, state.rho, params))
-            return objective.combine(here, None), here.aux
-        clean = objective.ascent_at(params)
+    def climb(gradient: optax.Updates, state: SAMState, params: optax.Params) -> optax.Updates:
         # There is no previous step at first: its own gradient stands in.
-        along = jax.tree.map(lambda m, c: jnp.where(state.step == 0, c, m), previous, clean.gradient)
-        perturbed = objective.at(params, rule(along, state.rho, params))
-        return objective.combine(clean, perturbed), clean.aux
+        along = _tree.select(state.step == 0, gradient, state.memory.gradient)
+        return rule(along, state.rho, params)
+
+    def evaluate_once(loss: Loss, state: SAMState) -> Evaluation:
+        return loss.pair(loss.ascent(rule(state.memory.gradient, state.rho, loss.params)), None)
 
     def descent(gradients: SAMGradients, state: SAMState, params: optax.Params) -> tuple[optax.Updates, Any]:
         del state, params
         return gradients.perturbed, AsyncSAMMemory(getattr(gradients, reuse))
 
-    return sharpness_aware(
-        rho,
-        None,
-        descent,
-        lambda params: AsyncSAMMemory(_tree.zeros_like(params)),
-        evaluate=evaluate,
-        ascent_only=reuse == "clean",
-    )
+    def init_memory(params: optax.Params) -> AsyncSAMMemory:
+        return AsyncSAMMemory(_tree.zeros_like(params))
+
+    if reuse == "perturbed":
+        return sharpness_aware(rho, None, descent, init_memory, evaluate=evaluate_once)
+    return sharpness_aware(rho, None, descent, init_memory, climb=climb, ascent_only=True)

@@ -7,16 +7,12 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam import _checks, _tree
-from optax_sam._objective import Evaluation, Objective, SAMGradients
-from optax_sam._transformation import (
-    SAMState,
-    SharpnessAwareTransformation,
-    at_step,
-    find_state,
-    sharpness_aware,
-)
+from optax_sam._loss import Evaluation, Loss, SAMGradients, serializable
+from optax_sam._state import SAMState, find_state
+from optax_sam._variant import SharpnessAwareTransformation, constructor, sharpness_aware, value_at
 
 
+@serializable
 class BSAMMemory(NamedTuple):
     """What Bayesian SAM remembers.
 
@@ -36,6 +32,7 @@ def _deviate(key: jax.Array, precision: optax.Updates, num_data: Any) -> optax.U
     return jax.tree.map(lambda n, s: n / jnp.sqrt(num_data * s), normal, precision)
 
 
+@constructor
 def bsam(
     learning_rate: optax.ScalarOrSchedule,
     num_data: int,
@@ -122,14 +119,13 @@ def bsam(
         zeros = _tree.zeros_like(params)
         return BSAMMemory(zeros, jax.tree.map(lambda z: z + initial_precision, zeros))
 
-    def evaluate(objective: Objective, params: optax.Params, state: SAMState) -> tuple[Evaluation, Any]:
+    def evaluate(loss: Loss, state: SAMState) -> Evaluation:
         precision = state.memory.precision
-        own_key = objective.random_key(jax.random.fold_in(seed, state.step))
-        noisy = objective.ascent_at(params, _deviate(own_key, precision, num_data))
+        own_key = loss.random_key(jax.random.fold_in(seed, state.step))
+        noisy = loss.ascent(_deviate(own_key, precision, num_data))
         # The perturbation starts from the mean, not from the sample.
         perturbation = jax.tree.map(lambda g, s: state.rho * g / s, _tree.upcast(noisy.gradient), precision)
-        statistics = _curvature(noisy.gradient, precision)
-        return objective.combine(noisy, objective.at(params, perturbation), statistics), noisy.aux
+        return loss.pair(noisy, loss.at(perturbation), statistics=_curvature(noisy.gradient, precision))
 
     def descent(
         gradients: SAMGradients, state: SAMState, params: optax.Params | None
@@ -150,12 +146,12 @@ def bsam(
         new_precision = jax.tree.map(
             lambda s, c: b2 * s + (1 - b2) * (c + damping + weight_decay), precision, statistics
         )
-        rate: Any = at_step(learning_rate, state.step)
+        rate: Any = value_at(learning_rate, state.step)
         scale = new_precision if update_precision_first else precision
         updates = jax.tree.map(lambda m, s: -rate * m / s, momentum, scale)
         return updates, BSAMMemory(momentum, new_precision)
 
-    return sharpness_aware(rho, None, descent, init_memory, evaluate=evaluate)
+    return sharpness_aware(rho, None, descent, init_memory, evaluate=evaluate, compares=False)
 
 
 def _curvature(gradient: optax.Updates, precision: optax.Updates) -> optax.Updates:

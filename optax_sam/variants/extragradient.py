@@ -6,10 +6,12 @@ import jax
 import optax
 
 from optax_sam import _checks, _tree
-from optax_sam._objective import SAMGradients
-from optax_sam._transformation import SAMState, SharpnessAwareTransformation, sharpness_aware
+from optax_sam._loss import SAMGradients
+from optax_sam._state import SAMState
+from optax_sam._variant import SharpnessAwareTransformation, constructor, sharpness_aware
 
 
+@constructor
 def extragradient(
     step_size: optax.ScalarOrSchedule = 0.01, *, weights: tuple[float, float] = (1.0, 1.0)
 ) -> SharpnessAwareTransformation:
@@ -57,7 +59,7 @@ def extragradient(
 
     def descent(gradients: SAMGradients, state: SAMState, params: optax.Params) -> tuple[optax.Updates, Any]:
         del params
-        clean, perturbed, _ = gradients
-        return jax.tree.map(lambda c, p: here * c + ahead * p, clean, perturbed), state.memory
+        direction = jax.tree.map(lambda c, p: here * c + ahead * p, gradients.clean, gradients.perturbed)
+        return direction, state.memory
 
-    return sharpness_aware(step_size, descend, descent, ascent_only=here == 0, name="step_size")
+    return sharpness_aware(step_size, descend, descent, ascent_only=here == 0, rho_name="step_size")

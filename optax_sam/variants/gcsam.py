@@ -5,10 +5,12 @@ from typing import Any
 import optax
 
 from optax_sam import ascent as ascents
-from optax_sam._objective import SAMGradients
-from optax_sam._transformation import SAMState, SharpnessAwareTransformation, sharpness_aware
+from optax_sam._loss import SAMGradients
+from optax_sam._state import SAMState
+from optax_sam._variant import SharpnessAwareTransformation, constructor, sharpness_aware
 
 
+@constructor
 def gcsam(
     rho: optax.ScalarOrSchedule = 0.05,
     *,

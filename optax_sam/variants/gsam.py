@@ -7,10 +7,12 @@ import optax
 
 from optax_sam import _checks, _tree
 from optax_sam import ascent as ascents
-from optax_sam._objective import SAMGradients
-from optax_sam._transformation import SAMState, SharpnessAwareTransformation, at_step, sharpness_aware
+from optax_sam._loss import SAMGradients
+from optax_sam._state import SAMState
+from optax_sam._variant import SharpnessAwareTransformation, constructor, sharpness_aware, value_at
 
 
+@constructor
 def gsam(
     rho: optax.ScalarOrSchedule = 0.05,
     alpha: optax.ScalarOrSchedule = 0.4,
@@ -64,8 +66,8 @@ def gsam(
 
     def descent(gradients: SAMGradients, state: SAMState, params: optax.Params) -> tuple[optax.Updates, Any]:
         del params
-        weight = at_step(alpha, state.step)
-        clean, perturbed, _ = gradients
+        weight = value_at(alpha, state.step)
+        clean, perturbed = gradients.clean, gradients.perturbed
         if objective == "perturbed":
             orthogonal = _tree.reject(clean, perturbed)
             return jax.tree.map(lambda p, o: p - weight * o, perturbed, orthogonal), state.memory

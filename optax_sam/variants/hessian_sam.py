@@ -1,16 +1,16 @@
 """The first-order model of SAM: a Hessian-vector product instead of a second gradient."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from optax_sam import _checks, _tree
-from optax_sam._objective import Evaluation, Objective, Pass
-from optax_sam._transformation import SAMState, SharpnessAwareTransformation, sharpness_aware
+from optax_sam._loss import Evaluation, Loss
+from optax_sam._state import SAMState
+from optax_sam._variant import SharpnessAwareTransformation, constructor, sharpness_aware
 
 
+@constructor
 def hessian_sam(
     rho: optax.ScalarOrSchedule = 0.05, *, normalize: bool = True, difference: float | None = None
 ) -> SharpnessAwareTransformation:
@@ -55,31 +55,29 @@ def hessian_sam(
     if difference is not None:
         _checks.number("difference", difference, low=0.0, above=True)
 
-    def evaluate(objective: Objective, params: optax.Params, state: SAMState) -> tuple[Evaluation, Any]:
-        def gradient_of(w: optax.Params) -> optax.Updates:
-            return _tree.upcast(objective.at(w).gradient)
+    def evaluate(loss: Loss, state: SAMState) -> Evaluation:
+        def gradient_of(point: optax.Params) -> optax.Updates:
+            return _tree.upcast(loss.pass_at(point, None).gradient)
 
-        clean = objective.ascent_at(params)
-        vector = _tree.unit(clean.gradient) if normalize else _tree.upcast(clean.gradient)
+        clean = loss.ascent()
         gradient = _tree.upcast(clean.gradient)
+        vector = _tree.unit(gradient) if normalize else gradient
         if difference is None:
             try:
-                _, product = jax.jvp(gradient_of, (params,), (_tree.cast_like(vector, params),))
+                _, product = jax.jvp(gradient_of, (loss.params,), (_tree.cast_like(vector, loss.params),))
             except (TypeError, ValueError, NotImplementedError) as error:
                 error.add_note("If the loss has no forward mode, write `hessian_sam(rho, difference=1e-3)`.")
                 raise
         else:
             step = jax.tree.map(lambda v: difference * v, vector)
-            shifted = gradient_of(_tree.displace(params, step))
+            shifted = _tree.upcast(loss.at(step).gradient)
             product = jax.tree.map(lambda p, g: (p - g) / difference, shifted, gradient)
-        direction = jax.tree.map(lambda g, p: g + state.rho * p, gradient, product)
-        modelled = Pass(
-            # No point was visited at which to know it.
-            value=clean.value * jnp.nan if objective.measure else clean.value,
-            gradient=_tree.cast_like(direction, params),
-            aux=None,
-            displacement=clean.displacement,
-        )
-        return objective.combine(clean, modelled), clean.aux
+        # A gradient that is not finite stays as it is.
+        usable = jnp.isfinite(_tree.squared_norm(gradient))
+        direction = jax.tree.map(lambda g, p: jnp.where(usable, g + state.rho * p, g), gradient, product)
+        # The loss is known at no second point.
+        value = clean.value * jnp.nan if loss.measures else clean.value
+        modelled = clean._replace(value=value, gradient=_tree.cast_like(direction, loss.params))
+        return loss.pair(clean, modelled)
 
     return sharpness_aware(rho, evaluate=evaluate)

@@ -9,9 +9,11 @@ import numpy as np
 import optax
 
 from optax_sam import _checks, _tree
-from optax_sam._transformation import as_pair, at_step, is_pair
+from optax_sam._loss import serializable
+from optax_sam._variant import as_pair, is_pair, value_at
 
 
+@serializable
 class IREState(NamedTuple):
     """The state of IRE.
 
@@ -105,8 +107,8 @@ def ire(
         base_updates, base_state = base.update(updates, state.base, params, **extra_args)
         due = (state.step >= start_step) & ((state.step - start_step) % interval == 0)
         due &= _tree.all_finite(gradient)
-        flat = _tree.branch(due, lambda: _flattest(gradient, flat_fraction), lambda: state.flat)
-        factor = at_step(kappa, state.step)
+        flat = _tree.cond_or_if(due, lambda: _flattest(gradient, flat_fraction), lambda: state.flat)
+        factor = value_at(kappa, state.step)
 
         def boost(u: jax.Array, n: jax.Array) -> jax.Array:
             return jnp.where(n, (1.0 + factor) * u, u).astype(u.dtype)

@@ -1,5 +1,6 @@
 """LookSAM: sharpness-aware minimization every k-th step (Liu, Mai, Chen, Hsieh, You, CVPR 2022)."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,21 +9,25 @@ import optax
 
 from optax_sam import _checks, _tree
 from optax_sam import ascent as ascents
-from optax_sam._objective import Evaluation, Objective, SAMGradients
-from optax_sam._transformation import SAMState, SharpnessAwareTransformation, sharpness_aware
+from optax_sam._loss import SAMGradients, serializable
+from optax_sam._state import SAMState
+from optax_sam._variant import SharpnessAwareTransformation, constructor, rounding, sharpness_aware
 
 
+@serializable
 class LookSAMMemory(NamedTuple):
     """What LookSAM remembers.
 
     Attributes:
       direction: The part of the last perturbed gradient that was orthogonal to the clean one, divided by
-        its norm plus eps. A pytree like params, in float32 or better.
+        its norm plus eps; zero where it was no more than rounding. A pytree like params, in float32 or
+        better.
     """
 
     direction: optax.Updates
 
 
+@constructor
 def looksam(
     rho: optax.ScalarOrSchedule = 0.1,
     k: int = 10,
@@ -84,62 +89,40 @@ def looksam(
     _checks.number("k", k, low=1, integer=True)
     _checks.number("alpha", alpha, low=0.0)
     _checks.number("eps", eps, low=0.0)
-    rule = ascents.resolve(ascent)
 
-    def evaluate(objective: Objective, params: optax.Params, state: SAMState) -> tuple[Evaluation, Any]:
-        clean = objective.ascent_at(params)
-
-        def refresh() -> Evaluation:
-            perturbation = rule(clean.gradient, state.rho, params)
-            return objective.combine(clean, objective.at(params, perturbation))
-
-        def reuse() -> Evaluation:
-            return objective.combine(clean, None)
-
-        # The step is the same on all devices, so all of them take the same branch.
-        evaluation = _tree.branch(state.step % k == 0, refresh, reuse)
-        return objective.beside(evaluation, clean), clean.aux
-
-    def correction(clean: Any, perturbed: Any, length: jax.Array) -> Any:
-        length = jnp.where(length > 0.0, length, jnp.ones_like(length))
-        # Not `_tree.reject`: the norm is known, and rounding noise is dealt with below. In units of that
-        # norm, in which the perturbed gradient, too, is of the order of one, so that nothing has to be
-        # guarded. A single leaf may be far from that.
-        inverse = 1.0 / length
-        unit = jax.tree.map(lambda c: c * inverse, clean)
-        along = _tree.dot(perturbed, unit) * inverse
-        rest = jax.tree.map(lambda p, d: p * inverse - along * d, perturbed, unit)
-        size = (_tree.norm if per_leaf else _tree.plain_norm)(rest)
-        # What is left of parallel gradients is rounding noise, which must not be scaled up.
-        is_noise = size <= 16 * jnp.finfo(size.dtype).eps * jnp.abs(along)
-        factor = jnp.where(is_noise, 0.0, length / (length * jnp.where(is_noise, 1.0, size) + eps))
-        return jax.tree.map(lambda r: factor * r, rest)
+    def is_due(state: SAMState) -> jax.Array:
+        return state.step % k == 0
 
     def by_part(function: Any, *trees: Any) -> Any:
         return jax.tree.map(function, *trees) if per_leaf else function(*trees)
 
+    def orthogonal_unit(clean: Any, perturbed: Any, length: jax.Array, noise: float) -> Any:
+        """g_v over its norm, or zero if it is no more than the rounding of two equal gradients."""
+        rest = _tree.reject(perturbed, clean)
+        size = _tree.norm(rest)
+        factor = jnp.where(size <= noise * length, 0.0, 1.0 / (size + eps))
+        return jax.tree.map(lambda r: factor * r, rest)
+
     def descent(gradients: SAMGradients, state: SAMState, params: optax.Params) -> tuple[optax.Updates, Any]:
-        del params
-        clean, perturbed, _ = gradients
-        old = state.memory.direction
-        is_due = state.step % k == 0
-        lengths = by_part(_tree.norm, clean)
+        old, due = state.memory.direction, is_due(state)
+        noise = 4 * rounding(gradients, params)
+        lengths = by_part(_tree.norm, gradients.clean)
 
         def refresh() -> optax.Updates:
-            return _tree.keep_finite(by_part(correction, clean, perturbed, lengths), old)
+            orthogonal = functools.partial(orthogonal_unit, noise=noise)
+            return _tree.keep_finite(by_part(orthogonal, gradients.clean, gradients.perturbed, lengths), old)
 
-        # The direction is made of what comes out here, which in a step that reuses is `old`, and not of `old`
-        # itself: the new memory may then be written over the old one, where else both would be kept.
-        memory = _tree.branch(is_due, refresh, lambda: old)
+        # Use the result of the conditional, not `old`, so that XLA can update in place.
+        memory = _tree.cond_or_if(due, refresh, lambda: old)
 
         def correct(gradient: Any, unit: Any, length: jax.Array) -> Any:
-            weight = jnp.where(is_due, 0.0, alpha * length)
+            weight = jnp.where(due | ~jnp.isfinite(length), 0.0, alpha * length)
             return jax.tree.map(lambda g, d: g + weight * d, gradient, unit)
 
         # In a step that reuses the memory the perturbed gradient is the clean one.
-        return by_part(correct, perturbed, memory, lengths), LookSAMMemory(memory)
+        return by_part(correct, gradients.perturbed, memory, lengths), LookSAMMemory(memory)
 
     def init_memory(params: optax.Params) -> LookSAMMemory:
         return LookSAMMemory(_tree.zeros_like(params))
 
-    return sharpness_aware(rho, None, descent, init_memory, evaluate=evaluate, keeps_memory=True)
+    return sharpness_aware(rho, ascent, descent, init_memory, when=is_due, guards_memory=True)

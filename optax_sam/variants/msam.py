@@ -8,12 +8,15 @@ import optax
 
 from optax_sam import _checks, _tree
 from optax_sam import ascent as ascents
-from optax_sam._objective import Evaluation, Objective, SAMGradients
-from optax_sam._transformation import (
-    SAMState,
+from optax_sam._loss import Evaluation, Loss, SAMGradients, serializable
+from optax_sam._state import SAMState
+from optax_sam._variant import (
     SharpnessAwareTransformation,
+    as_arrays,
+    constructor,
+    first_rho,
     is_pair,
-    radius,
+    rho_at,
     sharpness_aware,
 )
 
@@ -31,6 +34,7 @@ def _momentum(state: optax.OptState, params: optax.Params) -> optax.Updates:
     return found[0]
 
 
+@constructor
 def msam(
     base_optimizer: optax.GradientTransformation,
     rho: optax.ScalarOrSchedule = 0.3,
@@ -92,10 +96,9 @@ def msam(
         _momentum(state, params)  # Said now rather than at the first step.
         return state
 
-    def evaluate(objective: Objective, params: optax.Params, state: SAMState) -> tuple[Evaluation, Any]:
-        perturbation = rule(_momentum(state.memory, params), -state.rho, params)
-        here = objective.ascent_at(params, perturbation)
-        return objective.combine(here, None), here.aux
+    def evaluate(loss: Loss, state: SAMState) -> Evaluation:
+        perturbation = rule(_momentum(state.memory, loss.params), -state.rho, loss.params)
+        return loss.pair(loss.ascent(perturbation), None)
 
     def descent(
         gradients: SAMGradients, state: SAMState, params: optax.Params | None, **extra_args: Any
@@ -107,20 +110,25 @@ def msam(
     return sharpness_aware(rho, None, descent, init_memory, evaluate=evaluate)
 
 
+@serializable
 class ShiftedMSAMState(NamedTuple):
     """The state of `shifted_msam`.
 
     Attributes:
       step: How many updates were made. shape=(), dtype=int32
-      rho: The radius by which the params of now are perturbed. shape=(), float32 or better
+      rho: The radius of the next perturbation, which `optax.tree.set(opt_state, rho=...)` changes. shape=(),
+        float32 or better
+      applied_rho: The radius by which the params of now are perturbed. shape=(), float32 or better
       base: The state of the base optimizer, in which the momentum is.
     """
 
     step: jax.Array
     rho: jax.Array
+    applied_rho: jax.Array
     base: optax.OptState
 
 
+@constructor
 def shifted_msam(
     base_optimizer: optax.GradientTransformation, rho: optax.ScalarOrSchedule = 0.3
 ) -> optax.GradientTransformationExtraArgs:
@@ -167,17 +175,13 @@ def shifted_msam(
     _checks.scalar_or_schedule("rho", rho)
     base = optax.with_extra_args_support(base_optimizer)
 
-    def radius_at(step: jax.Array, params: optax.Params) -> jax.Array:
-        value = radius(rho, step, params)
-        # Not weakly typed: what a wrapper puts in its place is not, and would compile anew.
-        return value.astype(value.dtype)
-
     def init(params: optax.Params) -> ShiftedMSAMState:
-        params = jax.tree.map(jnp.asarray, params)
+        params = as_arrays(params)
         state = base.init(params)
         _momentum(state, params)  # Said now rather than at the first step.
-        step = jnp.zeros((), jnp.int32)
-        return ShiftedMSAMState(step, radius_at(step, params), state)
+        return ShiftedMSAMState(
+            jnp.zeros((), jnp.int32), first_rho(rho, params), first_rho(rho, params), state
+        )
 
     def update(
         updates: Any, state: Any, params: optax.Params | None = None, **extra_args: Any
@@ -194,7 +198,10 @@ def shifted_msam(
         here = _shift(state, params)
         steps, base_state = base.update(updates, state.base, _unperturbed(params, here), **extra_args)
         step = jnp.asarray(optax.safe_increment(state.step))
-        new = ShiftedMSAMState(step, radius_at(step, params), _tree.keep_finite(base_state, state.base))
+        # Params carry the radius that was applied to them, whatever `rho` was set to since.
+        applied = jnp.array(rho(step) if callable(rho) else rho_at(rho, state.rho, params), state.rho.dtype)
+        base_state = _tree.keep_finite(base_state, state.base)
+        new = ShiftedMSAMState(step, applied, jnp.copy(applied), base_state)
         total = jax.tree.map(lambda u, new, old: u + (new - old), steps, _shift(new, params), here)
         return _tree.cast_like(total, params), new
 
@@ -203,7 +210,7 @@ def shifted_msam(
 
 def _shift(state: ShiftedMSAMState, params: optax.Params) -> optax.Updates:
     """The perturbation that is in the params."""
-    return ascents.normalized()(_momentum(state.base, params), -state.rho, params)
+    return ascents.normalized()(_momentum(state.base, params), -state.applied_rho, params)
 
 
 def _unperturbed(params: optax.Params, perturbation: optax.Updates) -> optax.Params:

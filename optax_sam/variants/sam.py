@@ -2,26 +2,21 @@
 
 from typing import Any, cast
 
-import jax
 import optax
 
 from optax_sam import _checks, _tree
 from optax_sam import ascent as ascents
-from optax_sam._objective import Evaluation, Objective
-from optax_sam._transformation import (
-    Evaluate,
-    SAMState,
-    SharpnessAwareTransformation,
-    perturb_once,
-    sharpness_aware,
-)
+from optax_sam._loss import Evaluation, Loss
+from optax_sam._state import SAMState
+from optax_sam._variant import Evaluate, SharpnessAwareTransformation, constructor, sharpness_aware
 
 
+@constructor
 def sam(
     rho: optax.ScalarOrSchedule = 0.05,
     *,
     ascent: ascents.Ascent | None = None,
-    steps: int = 1,
+    steps: int | None = None,
     step_mode: str = "pgd",
 ) -> SharpnessAwareTransformation:
     r"""Sharpness-aware minimization.
@@ -36,7 +31,8 @@ def sam(
       rho: The radius, >= 0, or a schedule of the step; 0 recovers the base optimizer. 0.05 is the
         usual first try; convolutional networks take 0.02 to 0.2, transformers up to 0.6.
       ascent: The ascent rule; None for `optax_sam.ascent.normalized()`.
-      steps: How many ascent steps, >= 1.
+      steps: How many ascent steps, >= 1; None for one. Under `optax.inject_hyperparams` name it in
+        `static_args`.
       step_mode: What several steps do: "pgd" takes steps of length rho and projects to the ball,
         "split" takes steps of length rho / steps, "free" takes steps of length rho without projection
         (so does `optax.contrib.sam`).
@@ -63,20 +59,18 @@ def sam(
       <https://arxiv.org/abs/2010.01412>`_, ICLR 2021, equations 2 and 3; several steps after its
       appendix C.6. As published, with a guard against a zero gradient.
     """
-    _checks.number("steps", steps, low=1, integer=True)
-    steps = steps if isinstance(cast("Any", steps), jax.Array) else int(steps)
     _checks.choice("step_mode", step_mode, ("pgd", "split", "free"))
+    steps = 1 if steps is None else steps
+    _checks.static_integer("steps", steps, low=1)
     rule = ascents.resolve(ascent)
-    return sharpness_aware(rho, evaluate=_climb(rule, steps, step_mode), ascent_only=True)
+    if steps == 1:
+        return sharpness_aware(rho, rule)
+    return sharpness_aware(rho, evaluate=_several_steps(rule, steps, step_mode), ascent_only=True)
 
 
-def _climb(ascent: ascents.Ascent, steps: Any, mode: str) -> Evaluate:
-    """One ascent step or several."""
-    # Under `optax.inject_hyperparams` the number of steps is an array, in `update`, which does not climb.
-    if isinstance(steps, int) and steps == 1:
-        return perturb_once(ascent)
+def _several_steps(ascent: ascents.Ascent, steps: int, mode: str) -> Evaluate:
     length = getattr(ascent, "length", None)
-    if mode == "pgd" and length is None and isinstance(steps, int):
+    if mode == "pgd" and length is None:
         msg = (
             "`step_mode='pgd'` projects to a ball, and this ascent rule has no norm to measure one. Write "
             "`step_mode='split'` or `'free'`, or give the rule a norm: "
@@ -84,16 +78,16 @@ def _climb(ascent: ascents.Ascent, steps: Any, mode: str) -> Evaluate:
         )
         raise ValueError(msg)
 
-    def evaluate(objective: Objective, params: optax.Params, state: SAMState) -> tuple[Evaluation, Any]:
+    def evaluate(loss: Loss, state: SAMState) -> Evaluation:
         stride = state.rho / steps if mode == "split" else state.rho
-        clean = objective.ascent_at(params)
-        perturbation = ascent(clean.gradient, stride, params)
+        clean = loss.ascent()
+        perturbation = ascent(clean.gradient, stride, loss.params)
         for _ in range(steps - 1):
-            here = objective.ascent_at(params, perturbation)
-            perturbation = optax.tree.add(perturbation, ascent(here.gradient, stride, params))
+            here = loss.ascent(perturbation)
+            perturbation = optax.tree.add(perturbation, ascent(here.gradient, stride, loss.params))
             if mode == "pgd":
-                size = cast("Any", length)(perturbation, params)
+                size = cast("Any", length)(perturbation, loss.params)
                 perturbation = _tree.into_ball(perturbation, size, state.rho)
-        return objective.combine(clean, objective.at(params, perturbation)), clean.aux
+        return loss.pair(clean, loss.at(perturbation))
 
     return evaluate

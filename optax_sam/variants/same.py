@@ -9,8 +9,15 @@ import optax
 
 from optax_sam import _checks
 from optax_sam import ascent as ascents
-from optax_sam._objective import SAMGradients
-from optax_sam._transformation import SAMState, SharpnessAwareTransformation, at_step, sharpness_aware
+from optax_sam._loss import SAMGradients
+from optax_sam._state import SAMState
+from optax_sam._variant import (
+    SharpnessAwareTransformation,
+    constructor,
+    rounding,
+    sharpness_aware,
+    value_at,
+)
 
 
 class RatioClasses(NamedTuple):
@@ -31,11 +38,21 @@ class RatioClasses(NamedTuple):
     neutral: Any
 
 
-def ratio_classes(clean: jax.Array, perturbed: jax.Array) -> RatioClasses:
-    """Which coordinates of a leaf belong to which class, without a division."""
+def ratio_classes(clean: jax.Array, perturbed: jax.Array, tolerance: float = 0.0) -> RatioClasses:
+    """Which coordinates of a leaf belong to which class, without a division.
+
+    Args:
+      clean: The leaf of the clean gradient.
+      perturbed: The leaf of the perturbed gradient.
+      tolerance: The relative difference up to which sizes count as the same.
+
+    Returns:
+      Booleans in the shape of the leaf.
+    """
     along, size = jnp.sign(clean) * perturbed, jnp.abs(clean)
-    first, second = along > size, (along > 0) & (along < size)
-    third, fourth = along < -size, (along < 0) & (along > -size)
+    larger, smaller = (1 + tolerance) * size, (1 - tolerance) * size
+    first, second = along > larger, (along > 0) & (along < smaller)
+    third, fourth = along < -larger, (along < 0) & (along > -smaller)
     return RatioClasses(first, second, third, fourth, ~(first | second | third | fourth))
 
 
@@ -47,6 +64,7 @@ def _is_number(gain: Any, number: float) -> bool:
     return isinstance(gain, int | float) and gain == number
 
 
+@constructor
 def same(
     rho: optax.ScalarOrSchedule = 0.05,
     gains: Gains = (1.0, 1.0, 1.0, 1.0),
@@ -98,8 +116,8 @@ def same(
     uses_clean = not all(_is_number(g, 0.0) for g in clean_gains)
 
     def descent(gradients: SAMGradients, state: SAMState, params: optax.Params) -> tuple[optax.Updates, Any]:
-        del params
-        gain, clean_gain = ([at_step(g, state.step) for g in each] for each in both)
+        tolerance = 4 * rounding(gradients, params)
+        gain, clean_gain = ([value_at(g, state.step) for g in each] for each in both)
 
         def pick(classes: RatioClasses, values: Sequence[Any], neutral: float) -> jax.Array:
             picked = jnp.asarray(neutral)
@@ -109,7 +127,7 @@ def same(
             return picked
 
         def combine(clean: jax.Array, perturbed: jax.Array) -> jax.Array:
-            classes = ratio_classes(clean, perturbed)
+            classes = ratio_classes(clean, perturbed, tolerance)
             direction = pick(classes, gain, 1.0) * perturbed
             return direction + pick(classes, clean_gain, 0.0) * clean if uses_clean else direction
 
@@ -118,6 +136,7 @@ def same(
     return sharpness_aware(rho, ascent, descent)
 
 
+@constructor
 def custom_same(
     rho: optax.ScalarOrSchedule = 0.05, condition: float = 2.0, *, ascent: ascents.Ascent | None = None
 ) -> SharpnessAwareTransformation:
@@ -158,6 +177,7 @@ def custom_same(
     return same(rho, (condition, 1.0, 1.0 / condition, condition), ascent=ascent)
 
 
+@constructor
 def saner(
     rho: optax.ScalarOrSchedule = 0.05,
     keep: optax.ScalarOrSchedule = 0.5,

@@ -7,8 +7,9 @@ import optax
 
 from optax_sam import _checks, _tree
 from optax_sam import ascent as ascents
-from optax_sam._objective import SAMGradients
-from optax_sam._transformation import SAMState, SharpnessAwareTransformation, at_step, sharpness_aware
+from optax_sam._loss import SAMGradients
+from optax_sam._state import SAMState
+from optax_sam._variant import SharpnessAwareTransformation, constructor, sharpness_aware, value_at
 
 
 def _weight(gamma: Any, alpha: Any) -> optax.ScalarOrSchedule:
@@ -27,6 +28,7 @@ def _weight(gamma: Any, alpha: Any) -> optax.ScalarOrSchedule:
     return gamma / (1.0 - gamma)
 
 
+@constructor
 def wsam(
     rho: optax.ScalarOrSchedule = 0.05,
     gamma: float | None = None,
@@ -74,13 +76,14 @@ def wsam(
 
     def descent(gradients: SAMGradients, state: SAMState, params: optax.Params) -> tuple[optax.Updates, Any]:
         del params
-        factor = at_step(weight, state.step)
-        clean, perturbed, _ = gradients
-        return jax.tree.map(lambda c, p: c + factor * (p - c), clean, perturbed), state.memory
+        factor = value_at(weight, state.step)
+        direction = jax.tree.map(lambda c, p: c + factor * (p - c), gradients.clean, gradients.perturbed)
+        return direction, state.memory
 
     return sharpness_aware(rho, ascent, descent)
 
 
+@constructor
 def decoupled_wsam(
     base_optimizer: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
@@ -146,9 +149,10 @@ def decoupled_wsam(
         # The base optimizer gets the gradient in the dtypes in which its state was made.
         clean = _tree.cast_like(gradients.clean, gradients.clean if params is None else params)
         updates, memory = base.update(clean, state.memory, params, **extra_args)
-        rate: Any = at_step(learning_rate, state.step)
-        factor: Any = rate * at_step(weight, state.step)
-        clean, perturbed, _ = gradients
-        return jax.tree.map(lambda u, c, p: u - factor * (p - c), updates, clean, perturbed), memory
+        rate: Any = value_at(learning_rate, state.step)
+        factor: Any = rate * value_at(weight, state.step)
+        return jax.tree.map(
+            lambda u, c, p: u - factor * (p - c), updates, gradients.clean, gradients.perturbed
+        ), memory
 
     return sharpness_aware(rho, ascent, descent, base.init)

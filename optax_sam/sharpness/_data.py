@@ -1,4 +1,4 @@
-"""How the measures of flatness walk over data: one batch or many, weighted, with a progress bar."""
+"""How the measures of flatness iterate over data: one batch or many, weighted, with a progress bar."""
 
 import contextlib
 import functools
@@ -14,13 +14,15 @@ import optax
 from jax.core import Tracer
 
 from optax_sam import _checks, _tree
+from optax_sam._loss import CompositeLoss
 
-LossFn = Callable[[Any, Any], Any]
-"""`(params, batch) -> mean loss of the batch`, a scalar."""
+LossFn = Callable[[Any, Any], Any] | CompositeLoss
+"""`(params, batch) -> mean loss of the batch`, a scalar. For a `CompositeLoss` the batch is the pair
+`(inputs, targets)`."""
 
 
 def extra(name: str) -> Any:
-    """A module of the extra `sharpness`, which the rest of the library does without."""
+    """Imports a module of the extra `sharpness`. The rest of the library does not need these modules."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -32,7 +34,7 @@ def extra(name: str) -> Any:
 
 
 def shows_progress(progress: bool | None) -> bool:
-    """Whether there will be a bar: on demand, or by default on a terminal where tqdm is installed."""
+    """Whether to show a bar. For None that is on a terminal, if tqdm is installed."""
     if progress is None:
         try:
             extra("tqdm")
@@ -44,13 +46,13 @@ def shows_progress(progress: bool | None) -> bool:
 
 @contextlib.contextmanager
 def progress_bar(progress: bool | None, total: int | None, description: str) -> Generator[Callable[[], None]]:
-    """Gives a function to be called once per piece of work.
+    """A context with a progress bar. It gives a function that the caller calls once per piece of work.
 
     Args:
-      progress: True for a bar, False for none; None for one that shows itself on a terminal, after
-        a second, where tqdm is installed.
-      total: How many pieces there will be, where that is known.
-      description: What stands before the bar.
+      progress: True shows a bar, False shows none. None shows one on a terminal after a second, if tqdm is
+        installed.
+      total: The number of pieces, or None if it is unknown.
+      description: The text before the bar.
     """
     if not shows_progress(progress):
         yield lambda: None
@@ -61,11 +63,11 @@ def progress_bar(progress: bool | None, total: int | None, description: str) -> 
 
 
 def as_batches(batches: Any) -> Iterable[Any]:
-    """Something to walk over more than once: a single batch becomes a list of one."""
+    """An iterable of batches that can be iterated more than once. A single batch becomes a list of one."""
     if isinstance(batches, list):
         return cast("list[Any]", batches)
     is_leaf = jax.tree_util.all_leaves([batches])
-    if hasattr(batches, "shape") or not is_leaf:  # An array, or a tuple, dict, dataclass of arrays.
+    if hasattr(batches, "shape") or not is_leaf:  # An array, or a tuple, dict or dataclass of arrays.
         return [batches]
     if isinstance(batches, Iterator):
         return list(cast("Iterator[Any]", batches))
@@ -79,7 +81,7 @@ def as_batches(batches: Any) -> Iterable[Any]:
 
 
 def batch_size(batch: Any) -> int:
-    """The number of examples: the length of the first axis, which all arrays of a batch share."""
+    """The number of examples: the length of the first axis, which must be the same for all arrays."""
     sizes = {np.shape(x)[0] for x in jax.tree.leaves(batch) if np.ndim(x) > 0}
     if len(sizes) != 1 or 0 in sizes:
         found = ", ".join(str(np.shape(x)) for x in jax.tree.leaves(batch)) or "no arrays"
@@ -92,19 +94,19 @@ def batch_size(batch: Any) -> int:
 
 
 def prepare(loss_fn: Any, params: Any, batches: Any, *, name: str = "loss_fn") -> tuple[Any, Iterable[Any]]:
-    """Checks the three arguments that all measures share.
+    """Checks the three arguments that the measures have in common.
 
     Args:
       loss_fn: The loss, or another function of params and a batch.
       params: The params.
       batches: One batch, or an iterable of batches.
-      name: What the first of them is called, for the message.
+      name: The name of the first argument, for error messages.
 
     Returns:
-      The params in float32 or better, in which flatness has to be measured, and the batches.
+      The params in float32 or better, the precision in which flatness is measured, and the batches.
     """
     try:
-        hash(loss_fn)  # By which the program that was compiled for a function is found again.
+        hash(loss_fn)  # `jax.jit` finds the compiled program of a function by its hash.
         usable = callable(loss_fn)
     except TypeError:
         usable = False
@@ -122,9 +124,31 @@ def prepare(loss_fn: Any, params: Any, batches: Any, *, name: str = "loss_fn") -
     return _tree.upcast(params), as_batches(batches)
 
 
+def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
+    """The two parts of a batch for a `CompositeLoss`."""
+    if not isinstance(batch, tuple | list) or len(cast("Sequence[Any]", batch)) != 2:
+        msg = (
+            "With a `CompositeLoss` a batch in `batches` must be a pair `(inputs, targets)`, got one of the "
+            f"structure {jax.tree.structure(batch)}. A tuple is one batch; several batches go into a list."
+        )
+        raise ValueError(msg)
+    inputs, targets = cast("Sequence[Any]", batch)
+    return inputs, targets
+
+
+def model_outputs(loss_fn: CompositeLoss, params: optax.Params, inputs: Any) -> Any:
+    """The outputs of the model, without aux."""
+    outputs = loss_fn.model_fn(params, inputs)
+    return outputs[0] if loss_fn.has_aux else outputs
+
+
 def scalar_loss(loss_fn: LossFn, params: optax.Params, batch: Any) -> jax.Array:
     """The loss, after a check that it is one number."""
-    value = loss_fn(params, batch)
+    if isinstance(loss_fn, CompositeLoss):
+        inputs, targets = inputs_and_targets(batch)
+        value = loss_fn.output_loss(model_outputs(loss_fn, params, inputs), targets)
+    else:
+        value = loss_fn(params, batch)
     shape = getattr(value, "shape", None)
     if shape != () and not isinstance(value, float | int):
         got = f"an array of shape {shape}" if shape is not None else f"a {type(value).__name__}"
@@ -140,7 +164,7 @@ _all_finite = jax.jit(_tree.all_finite)
 
 
 def finite(what: str, tree: Any) -> None:
-    """Refuses a result that is not finite; inside a `jit` of the caller it cannot be told."""
+    """Raises an error if a result is not finite. Inside a `jit` of the caller the check is skipped."""
     leaves = jax.tree.leaves(tree)
     if not any(isinstance(x, Tracer) for x in leaves) and not bool(_all_finite(leaves)):
         shown = f", got {leaves[0]}" if len(leaves) == 1 and np.ndim(leaves[0]) == 0 else ""
@@ -166,13 +190,13 @@ def mean(
     """The mean of a function over all examples, from its means over the batches, in constant memory.
 
     Args:
-      function: From a batch to a tree of arrays, its mean over the examples of the batch.
-      batches: The batches; one is held at a time.
-      progress: As for `progress_bar`.
-      description: As for `progress_bar`.
+      function: Maps a batch to a tree of arrays, each a mean over the examples of the batch.
+      batches: The batches. Only one is held at a time.
+      progress: See `progress_bar`.
+      description: See `progress_bar`.
 
     Returns:
-      The tree of means, in which a batch counts by its number of examples.
+      The tree of means, in which every batch is weighted by its number of examples.
     """
     total, result = 0, None
     with progress_bar(progress, _length(batches), description) as tick:
@@ -180,7 +204,7 @@ def mean(
             size = batch_size(batch)
             total += size
             value = function(batch)
-            # A running mean: no sum to overflow, and a single batch comes out as it is.
+            # A running mean cannot overflow as a sum can, and it returns a single batch unchanged.
             result = value if result is None else _toward(result, value, jnp.asarray(size / total))
             tick()
     if result is None:
@@ -196,10 +220,10 @@ def _length(batches: Iterable[Any]) -> int | None:
 
 
 def stack(batches: Iterable[Any]) -> tuple[Any, ...]:
-    """Batches of equal shapes stacked along a new first axis, for `scan_mean`.
+    """Stacks batches of equal shapes along a new first axis, for `scan_mean`.
 
     Returns:
-      One tree per shape: for a ragged last batch a second one.
+      One tree per shape. A smaller last batch has its own tree.
     """
     groups: dict[Any, list[Any]] = {}
     for batch in batches:
@@ -213,16 +237,16 @@ def stack(batches: Iterable[Any]) -> tuple[Any, ...]:
 
 
 def scan_mean(function: Callable[[Any], Any], groups: tuple[Any, ...]) -> Any:
-    """As `mean`, inside a compiled program, on what `stack` returned.
+    """The same as `mean`, inside a compiled program, for batches from `stack`.
 
-    One batch is worked on at a time, in the memory of one.
+    The program processes one batch at a time, in the memory of one batch.
     """
     counts = [np.shape(jax.tree.leaves(group)[0])[0] for group in groups]
     sizes = [batch_size(jax.tree.map(lambda x: x[0], group)) for group in groups]
     total = sum(n * size for n, size in zip(counts, sizes, strict=True))
     means: list[Any] = []
     for group, count, size in zip(groups, counts, sizes, strict=True):
-        if count == 1:  # Without a loop, in which XLA is slow at convolutions on a CPU.
+        if count == 1:  # No loop: on CPUs XLA runs convolutions inside a loop slowly.
             value = function(jax.tree.map(lambda x: x[0], group))
         else:
             shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], group))

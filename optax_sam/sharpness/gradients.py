@@ -1,17 +1,4 @@
-r"""Measures of flatness.
-
-Most of them are called as `measure(loss_fn, params, batches, ...)`, where `loss_fn(params, batch)` is the
-mean loss of a batch, and `batches` is one batch or an iterable of batches, over which the measure is
-taken as if they were one; others say what they take. Programs are compiled once per `loss_fn`, so give
-the same function object to repeated calls. Measure a fixed set of training examples, the model as in
-evaluation, no weight decay.
-
-Two warnings. Measures of the plain Hessian or of a plain ball change when a ReLU network's layers are
-rescaled, one up and the next one down, though the network stays the same (Dinh et al., `Sharp Minima
-Can Generalize <https://arxiv.org/abs/1703.04933>`_); adaptive measures do not. And a small sharpness is
-no proof of generalization: Andriushchenko et al. (`arXiv:2302.07011
-<https://arxiv.org/abs/2302.07011>`_) find that it follows the learning rate more than the test error.
-"""
+"""Measures of gradients: their norms, SAM's edge of stability, the Fisher-Rao norm."""
 
 import functools
 from collections.abc import Callable
@@ -22,40 +9,27 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_sam import _batches, _checks, _tree
-from optax_sam._batches import LossFn
-from optax_sam._curvature import Eigenpairs as Eigenpairs
-from optax_sam._curvature import GaussNewton as GaussNewton
-from optax_sam._curvature import SpectralDensity as SpectralDensity
-from optax_sam._curvature import gauss_newton_vector_product as gauss_newton_vector_product
-from optax_sam._curvature import hessian_diagonal as hessian_diagonal
-from optax_sam._curvature import hessian_trace as hessian_trace
-from optax_sam._curvature import hessian_vector_product as hessian_vector_product
-from optax_sam._curvature import relative_flatness as relative_flatness
-from optax_sam._curvature import spectral_density as spectral_density
-from optax_sam._curvature import top_eigenpairs as top_eigenpairs
-from optax_sam._neighbourhood import Estimate as Estimate
-from optax_sam._neighbourhood import SurrogateGap as SurrogateGap
-from optax_sam._neighbourhood import average_sharpness as average_sharpness
-from optax_sam._neighbourhood import m_sharpness as m_sharpness
-from optax_sam._neighbourhood import one_step_sharpness as one_step_sharpness
-from optax_sam._neighbourhood import surrogate_gap as surrogate_gap
-from optax_sam._neighbourhood import worst_case_sharpness as worst_case_sharpness
-from optax_sam._objective import SAMGradients
-from optax_sam._transformation import as_pair
+from optax_sam import _checks, _tree
+from optax_sam._loss import SAMGradients
+from optax_sam._variant import as_pair
+from optax_sam.sharpness import _data
+from optax_sam.sharpness._data import LossFn
 from optax_sam.variants.same import RatioClasses, ratio_classes
+
+LogitsFn = Callable[[Any, Any], Any]
+"""`(params, batch) -> logits` of shape (examples, ..., classes)."""
 
 
 def _per_class(function: Callable[..., Any], grads: SAMGradients) -> RatioClasses:
-    """Applies a function of the trees of masks, clean and perturbed gradients to every class."""
-    clean, perturbed, _ = _tree.upcast(tuple(grads))
+    """Calls `function(masks, clean, perturbed)`, with lists of leaves, once for every class."""
+    clean, perturbed = _tree.upcast((grads.clean, grads.perturbed))
     leaves = jax.tree.leaves(clean), jax.tree.leaves(perturbed)
     by_leaf = [ratio_classes(c, p) for c, p in zip(*leaves, strict=True)]
     return RatioClasses(*(function(masks, *leaves) for masks in zip(*by_leaf, strict=True)))
 
 
 def gradient_ratio_fractions(grads: SAMGradients) -> RatioClasses:
-    r"""The shares of the classes of the SAME note: what SAM amplifies, shrinks and flips.
+    r"""The share of coordinates in each class of the SAME note: those that SAM amplifies, shrinks and flips.
 
     .. math:: f_k = \frac1P \left|\{i : g_{\epsilon,i} / g_i \in \text{class } k\}\right|
 
@@ -64,8 +38,8 @@ def gradient_ratio_fractions(grads: SAMGradients) -> RatioClasses:
 
     Returns:
       Scalars in [0, 1] that sum to one: `ckpt1` (ratio > 1), `ckpt2` (0 to 1), `ckpt3` (< -1), `ckpt4`
-      (-1 to 0) and `neutral` (a zero among the two, or both of one size). They do not depend on the
-      scale of the loss.
+      (-1 to 0) and `neutral` (one of the two entries is zero, or both have the same size). They do not
+      depend on the scale of the loss.
 
     Examples:
       >>> import jax.numpy as jnp, optax_sam
@@ -87,7 +61,7 @@ def gradient_ratio_fractions(grads: SAMGradients) -> RatioClasses:
 
 
 def gradient_ratio_norms(grads: SAMGradients) -> tuple[RatioClasses, RatioClasses, jax.Array]:
-    r"""The norms of the clean and of the perturbed gradient on each class of the SAME note.
+    r"""The norms of the clean and of the perturbed gradient in each class of the SAME note.
 
     .. math:: \|M_k \odot g\|_2, \quad \|M_k \odot g_\epsilon\|_2, \quad
       \frac{\langle g, g_\epsilon\rangle}{\|g\|_2 \|g_\epsilon\|_2}
@@ -96,8 +70,8 @@ def gradient_ratio_norms(grads: SAMGradients) -> tuple[RatioClasses, RatioClasse
       grads: The gradients of one step, from `sam_value_and_grad`.
 
     Returns:
-      The norms of the clean gradient per class, those of the perturbed gradient, and the cosine of the
-      angle between the two: scalars in float32 or better.
+      The norms of the clean gradient per class, the norms of the perturbed gradient per class, and the
+      cosine of the angle between the two gradients. All are scalars in float32 or better.
 
     Examples:
       >>> import jax.numpy as jnp, optax_sam
@@ -107,7 +81,7 @@ def gradient_ratio_norms(grads: SAMGradients) -> tuple[RatioClasses, RatioClasse
       5.0 10.0 1.0 0.995
 
     References:
-      Luong, code of the repository lhchau/sam-hessian, 2024; the cosine is added.
+      Luong, code of the repository lhchau/sam-hessian, 2024. The cosine is an addition.
     """
 
     def norm_of(masks: Any, leaves: Any) -> jax.Array:
@@ -121,11 +95,7 @@ def gradient_ratio_norms(grads: SAMGradients) -> tuple[RatioClasses, RatioClasse
 
 @functools.partial(jax.jit, static_argnums=0)
 def _value_and_grad(loss_fn: LossFn, params: optax.Params, batch: Any) -> tuple[jax.Array, Any]:
-    return jax.value_and_grad(lambda p: _batches.scalar_loss(loss_fn, p, batch))(params)
-
-
-# Compiled: `_tree.norm` by itself holds a branch that JAX would compile in every call.
-_norm = jax.jit(_tree.norm)
+    return jax.value_and_grad(lambda p: _data.scalar_loss(loss_fn, p, batch))(params)
 
 
 def gradient_norm(
@@ -140,14 +110,14 @@ def gradient_norm(
       params: The params, any pytree of floating-point arrays. Measured in float32 or better.
       batches: One batch (an array, or a tuple, dict or other pytree of arrays whose first axis counts
         examples) or an iterable of batches, weighted by their sizes.
-      progress: Whether to show a progress bar; None for one on a terminal, if it takes long.
+      progress: Whether to show a progress bar. None shows one on a terminal if the measure takes long.
 
     Returns:
-      The norm. shape=(), float32 or better. One pass over the batches.
+      The norm. shape=(), float32 or better. It takes one pass over the batches.
 
     Raises:
-      TypeError, ValueError: If an argument is not of its kind, the loss is not a scalar, not finite, or
-        there is no batch.
+      TypeError, ValueError: If an argument has the wrong type, the loss is not a scalar, the loss or its
+        gradient is not finite, or there is no batch.
 
     Examples:
       >>> import jax.numpy as jnp, optax_sam
@@ -157,11 +127,11 @@ def gradient_norm(
       >>> print(optax_sam.sharpness.gradient_norm(loss_fn, jnp.zeros(2), batches))
       5.0
     """
-    params, batches = _batches.prepare(loss_fn, params, batches)
+    params, batches = _data.prepare(loss_fn, params, batches)
     evaluate = functools.partial(_value_and_grad, loss_fn, params)
-    value, gradient = _batches.mean(evaluate, batches, progress=progress)
-    _batches.finite("The loss and its gradient", (value, gradient))
-    return _norm(gradient)
+    value, gradient = _data.mean(evaluate, batches, progress=progress)
+    _data.finite("The loss and its gradient", (value, gradient))
+    return _tree.norm(gradient)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -170,7 +140,7 @@ def _example_norms(loss_fn: LossFn, chunk_size: int, params: optax.Params, batch
         example = jax.tree.map(lambda x: x[index][None] if jnp.ndim(x) else x, batch)
         return _tree.norm(_value_and_grad(loss_fn, params, example)[1])
 
-    return jax.lax.map(norm_of, jnp.arange(_batches.batch_size(batch)), batch_size=chunk_size)
+    return jax.lax.map(norm_of, jnp.arange(_data.batch_size(batch)), batch_size=chunk_size)
 
 
 def per_example_gradient_norms(
@@ -181,24 +151,24 @@ def per_example_gradient_norms(
     chunk_size: int = 32,
     progress: bool | None = None,
 ) -> jax.Array:
-    r"""The norm of the gradient of every example by itself.
+    r"""The norm of the gradient of every single example.
 
     .. math:: \|\nabla \ell_i(w)\|_2
 
-    Their mean square is the trace of the empirical Fisher information.
+    The mean square of these norms is the trace of the empirical Fisher information.
 
     Args:
-      loss_fn: As for `gradient_norm`, and so are params and batches; it is called on batches of one.
+      loss_fn: See `gradient_norm`, also for params and batches. It is called on batches of one example.
       params: The params.
       batches: The batches.
-      chunk_size: How many gradients to hold at once, >= 1.
-      progress: Whether to show a progress bar; None for one on a terminal, if it takes long.
+      chunk_size: The number of gradients that are held at once, >= 1.
+      progress: Whether to show a progress bar. None shows one on a terminal if the measure takes long.
 
     Returns:
       The norms, in the order of the examples. shape=(number of examples,)
 
     Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range, the loss is not a
+      TypeError, ValueError: If an argument has the wrong type or is out of range, the loss is not a
         scalar, a gradient is not finite, or there is no batch.
 
     Examples:
@@ -210,36 +180,37 @@ def per_example_gradient_norms(
       Array([5., 2.], dtype=float32)
     """
     _checks.number("chunk_size", chunk_size, low=1, integer=True)
-    params, batches = _batches.prepare(loss_fn, params, batches)
+    params, batches = _data.prepare(loss_fn, params, batches)
     parts: list[jax.Array] = []
 
     def keep(batch: Any) -> tuple[()]:
         parts.append(_example_norms(loss_fn, chunk_size, params, batch))
         return ()
 
-    _batches.mean(keep, batches, progress=progress)
+    _data.mean(keep, batches, progress=progress)
     norms = jnp.concatenate(parts)
-    _batches.finite("The gradients of the loss", norms)
+    _data.finite("The gradients of the loss", norms)
     return norms
 
 
 def sam_edge(learning_rate: Any, rho: Any, gradient_norm: Any) -> jax.Array:
-    r"""SAM's edge of stability: the top eigenvalue around which gradient descent with SAM settles.
+    r"""SAM's edge of stability: the value near which the top eigenvalue settles under SAM.
 
     .. math:: \lambda^* = \frac{\|g\|}{2\rho} \left( \sqrt{1 + \frac{8\rho}{\eta \|g\|}} - 1 \right)
 
-    the root of :math:`\eta \lambda (1 + \rho \lambda / \|g\|) = 2`. Log it next to the top eigenvalue.
+    The edge is the root of :math:`\eta \lambda (1 + \rho \lambda / \|g\|) = 2`. Gradient descent with SAM
+    settles around it. Log it next to the top eigenvalue.
 
     Args:
       learning_rate: The learning rate of plain gradient descent, > 0.
-      rho: The radius, >= 0; 0 gives :math:`2 / \eta`.
+      rho: The radius, >= 0. A radius of 0 gives :math:`2 / \eta`.
       gradient_norm: The norm of the clean gradient, >= 0.
 
     Returns:
-      The edge. Takes arrays too, and broadcasts.
+      The edge. The arguments may also be arrays, which broadcast.
 
     Raises:
-      TypeError, ValueError: If an argument is a number out of its range.
+      TypeError, ValueError: If an argument is a number out of range.
 
     Examples:
       >>> import optax_sam
@@ -250,13 +221,14 @@ def sam_edge(learning_rate: Any, rho: Any, gradient_norm: Any) -> jax.Array:
 
     References:
       Long and Bartlett, `Sharpness-Aware Minimization and the Edge of Stability
-      <https://arxiv.org/abs/2309.12488>`_, JMLR 2024. Rewritten so that small radii cancel nothing.
+      <https://arxiv.org/abs/2309.12488>`_, JMLR 2024. The formula is rewritten so that small radii
+      cause no cancellation.
     """
     _check_edge(learning_rate, rho)
     if np.ndim(gradient_norm) == 0:
         _checks.number("gradient_norm", gradient_norm, low=0.0)
     rho, gradient_norm = jnp.asarray(rho), jnp.asarray(gradient_norm)
-    # Without a radius there is nothing to divide, not even by a zero gradient.
+    # A radius of 0 makes the quotient below 0, also where the gradient is zero.
     safe = jnp.where(rho == 0.0, 1.0, gradient_norm)
     return 4.0 / learning_rate / (jnp.sqrt(1.0 + 8.0 * rho / (learning_rate * safe)) + 1.0)
 
@@ -266,17 +238,17 @@ def usam_edge(learning_rate: Any, rho: Any) -> jax.Array:
 
     .. math:: \lambda^* = \frac{1}{2\rho} \left( \sqrt{1 + 8\rho / \eta} - 1 \right)
 
-    the root of :math:`\eta \lambda (1 + \rho \lambda) = 2`.
+    The edge is the root of :math:`\eta \lambda (1 + \rho \lambda) = 2`.
 
     Args:
       learning_rate: The learning rate of plain gradient descent, > 0.
-      rho: The factor of `optax_sam.ascent.unnormalized`, >= 0; 0 gives :math:`2 / \eta`.
+      rho: The factor of `optax_sam.ascent.unnormalized`, >= 0. A factor of 0 gives :math:`2 / \eta`.
 
     Returns:
-      The edge. Takes arrays too, and broadcasts.
+      The edge. The arguments may also be arrays, which broadcast.
 
     Raises:
-      TypeError, ValueError: If an argument is a number out of its range.
+      TypeError, ValueError: If an argument is a number out of range.
 
     Examples:
       >>> import optax_sam
@@ -285,7 +257,7 @@ def usam_edge(learning_rate: Any, rho: Any) -> jax.Array:
 
     References:
       Long and Bartlett, `Sharpness-Aware Minimization and the Edge of Stability
-      <https://arxiv.org/abs/2309.12488>`_, JMLR 2024, for the normalized step.
+      <https://arxiv.org/abs/2309.12488>`_, JMLR 2024, who treat the normalized step.
     """
     _check_edge(learning_rate, rho)
     return 4.0 / learning_rate / (jnp.sqrt(1.0 + 8.0 * jnp.asarray(rho) / learning_rate) + 1.0)
@@ -300,15 +272,16 @@ def _check_edge(learning_rate: Any, rho: Any) -> None:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _score_squares(
-    logits_fn: LossFn, num_samples: int | None, params: optax.Params, key: jax.Array, batch: Any
+    logits_fn: LogitsFn, num_samples: int | None, params: optax.Params, key: jax.Array, batch: Any
 ) -> jax.Array:
     logits, slopes = jax.jvp(lambda p: logits_fn(p, batch), (params,), (params,))
     if jnp.ndim(logits) < 2:
         msg = f"`logits_fn` must return logits of shape (examples, ..., classes), got {jnp.shape(logits)}."
         raise ValueError(msg)
     logits, slopes = _tree.upcast((logits, slopes))
-    # The slope of the loss of a label along the params is `expected - slopes[label]`, positions of one
-    # example (its axes between the first and the last) add up, and their labels are independent.
+    # `slopes` is the derivative of the logits along the params. The derivative of the cross-entropy of a
+    # label is then `expected - slopes[label]`. The positions of one example (its axes between the first and
+    # the last) add up, and their labels are independent.
     positions = tuple(range(1, logits.ndim - 1))
     probabilities = jax.nn.softmax(logits)
     expected = jnp.sum(probabilities * slopes, axis=-1, keepdims=True)
@@ -324,7 +297,7 @@ def _score_squares(
 
 
 def fisher_rao_norm(
-    logits_fn: Callable[[Any, Any], Any],
+    logits_fn: LogitsFn,
     params: optax.Params,
     batches: Any,
     *,
@@ -337,25 +310,25 @@ def fisher_rao_norm(
     .. math:: \sqrt{w^\top F w}, \quad
       w^\top F w = \mathbb{E}_x \mathbb{E}_{y \sim p_w(\cdot | x)} \langle w, \nabla \ell(x, y) \rangle^2
 
-    for the cross-entropy :math:`\ell` and labels drawn from the model itself. A rescaling of layers leaves
-    it alone.
+    Here :math:`\ell` is the cross-entropy, and labels are drawn from the model itself. The norm does not
+    change with a rescaling of layers.
 
     Args:
       logits_fn: `(params, batch) -> logits`, of shape (examples, ..., classes).
       params: The params, any pytree of floating-point arrays. Measured in float32 or better.
       batches: One batch (an array, or a tuple, dict or other pytree of arrays whose first axis counts
-        examples) or an iterable of batches, weighted by their sizes. Labels are not used.
-      num_samples: How many labels to draw for an example, >= 1; None for the exact expectation over
-        the labels, which costs no more unless there are very many classes.
+        examples) or an iterable of batches, weighted by their sizes. The measure uses no labels.
+      num_samples: The number of labels drawn per example, >= 1. None takes the exact expectation over the
+        labels, which costs no more unless there are very many classes.
       key: The random key of the labels, or an integer seed.
-      progress: Whether to show a progress bar; None for one on a terminal, if it takes long.
+      progress: Whether to show a progress bar. None shows one on a terminal if the measure takes long.
 
     Returns:
-      The norm. shape=(), float32 or better. One pass over the batches, forward only.
+      The norm. shape=(), float32 or better. It takes one forward pass over the batches.
 
     Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range, the logits are not
-        finite or no logits, or there is no batch.
+      TypeError, ValueError: If an argument has the wrong type or is out of range, the logits are not
+        finite or do not have the shape of logits, or there is no batch.
 
     Examples:
       >>> import jax.numpy as jnp, optax_sam
@@ -371,7 +344,7 @@ def fisher_rao_norm(
     """
     if num_samples is not None:
         _checks.number("num_samples", num_samples, low=1, integer=True)
-    params, batches = _batches.prepare(logits_fn, params, batches, name="logits_fn")
+    params, batches = _data.prepare(logits_fn, params, batches, name="logits_fn")
     random_key = _checks.key("key", key)
     count = 0
 
@@ -381,6 +354,6 @@ def fisher_rao_norm(
         each = jax.random.fold_in(random_key, count)
         return _score_squares(logits_fn, num_samples, params, each, batch)
 
-    total = _batches.mean(squares, batches, progress=progress)
-    _batches.finite("The logits", total)
+    total = _data.mean(squares, batches, progress=progress)
+    _data.finite("The logits", total)
     return jnp.sqrt(total)

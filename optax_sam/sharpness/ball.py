@@ -1,4 +1,4 @@
-"""Sharpness of a neighbourhood: how much the loss rises within a radius of params."""
+"""Sharpness in a ball: how much the loss rises within a radius of params."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam import _batches, _checks, _tree
+from optax_sam import _checks, _tree
 from optax_sam import ascent as ascents
-from optax_sam._batches import LossFn
+from optax_sam.sharpness import _data
+from optax_sam.sharpness._data import LossFn
 
 
 class Estimate(NamedTuple):
@@ -18,7 +19,8 @@ class Estimate(NamedTuple):
 
     Attributes:
       mean: The estimate.
-      standard_error: Its standard error: the deviation of the samples over the root of their number.
+      standard_error: Its standard error: the standard deviation of the samples divided by the root of
+        their number.
     """
 
     mean: Any
@@ -31,20 +33,20 @@ class Estimate(NamedTuple):
 
 
 class SurrogateGap(NamedTuple):
-    """What `surrogate_gap` returns.
+    """The result of `surrogate_gap`.
 
     Attributes:
       gap: The perturbed minus the clean loss. shape=()
-      eigenvalue: The top eigenvalue of the Hessian that the largest increase in the ball stands for,
-        right at a minimum and for a small radius. shape=()
+      eigenvalue: An estimate of the top eigenvalue of the Hessian, from the largest increase in the ball.
+        It is right at a minimum and for a small radius. shape=()
     """
 
     gap: jax.Array
     eigenvalue: jax.Array
 
 
-# Everywhere below a point of the neighbourhood is w + c * z with z in the ball of radius rho, where c is
-# |w| in the adaptive case and 1 otherwise. The gradient with respect to z is then c * g by itself.
+# In this file a point of the ball is w + c * z, with z of norm at most rho. The factor c is |w| in the
+# adaptive case and 1 otherwise. Differentiation with respect to z therefore gives c * g.
 
 
 def _displace(adaptive: bool, params: optax.Params, z: Any) -> optax.Params:
@@ -55,19 +57,17 @@ def _displace(adaptive: bool, params: optax.Params, z: Any) -> optax.Params:
 def _value_and_grad(
     loss_fn: LossFn, adaptive: bool, params: optax.Params, z: Any, batch: Any
 ) -> tuple[jax.Array, Any]:
-    return jax.value_and_grad(lambda z: _batches.scalar_loss(loss_fn, _displace(adaptive, params, z), batch))(
-        z
-    )
+    return jax.value_and_grad(lambda z: _data.scalar_loss(loss_fn, _displace(adaptive, params, z), batch))(z)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _increase(loss_fn: LossFn, adaptive: bool, params: optax.Params, z: Any, batch: Any) -> jax.Array:
     point = _displace(adaptive, params, z)
-    return _batches.scalar_loss(loss_fn, point, batch) - _batches.scalar_loss(loss_fn, params, batch)
+    return _data.scalar_loss(loss_fn, point, batch) - _data.scalar_loss(loss_fn, params, batch)
 
 
 class _Climb(NamedTuple):
-    """Where a projected ascent stands: its best point so far, what is known there, the next stride."""
+    """The state of a projected ascent: its best point, the loss and gradient there, and the next stride."""
 
     z: Any
     value: jax.Array
@@ -77,7 +77,7 @@ class _Climb(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _trial(ord: float, rho: jax.Array, climb: _Climb) -> Any:
-    """A step along the steepest direction of the norm, and back into the ball."""
+    """The next point to try: one step in the steepest direction of the norm, projected into the ball."""
     direction = ascents.normalized(ord)(climb.gradient, climb.stride, climb.z)
     z = jax.tree.map(jnp.add, climb.z, direction)
     if ord == jnp.inf:
@@ -87,7 +87,7 @@ def _trial(ord: float, rho: jax.Array, climb: _Climb) -> Any:
 
 @jax.jit
 def _accept(climb: _Climb, z: Any, value: jax.Array, gradient: Any) -> _Climb:
-    """Moves where it goes up; elsewhere (a NaN does not go up) stays, for a shorter stride."""
+    """Moves to z if the loss is larger there; otherwise, also for a NaN, stays and halves the stride."""
     up = value > climb.value
     there = (z, value, gradient)
     best = jax.tree.map(lambda new, old: jnp.where(up, new, old), there, tuple(climb[:3]))
@@ -98,7 +98,7 @@ Loop = Callable[[int, int, Callable[[Any, Any], Any], Any], Any]
 
 
 def _on_host(first: int, last: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
-    """`jax.lax.fori_loop` as a loop of Python, for evaluations that walk over batches."""
+    """`jax.lax.fori_loop` as a Python loop, for evaluations that iterate over batches."""
     for i in range(first, last):
         carry = body(i, carry)
     return carry
@@ -113,7 +113,7 @@ def _climb(
     steps: int,
     loop: Loop,
 ) -> _Climb:
-    """Projected ascent that never descends; from the center its first step is the step of SAM."""
+    """Projected ascent that never descends. From the center it first steps in the direction of SAM's step."""
 
     def step(_: Any, climb: _Climb) -> _Climb:
         z = _trial(ord, rho, climb)
@@ -124,7 +124,10 @@ def _climb(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _starts(ord: float, restarts: int, params: optax.Params, rho: jax.Array, key: jax.Array) -> list[Any]:
-    """The center, where a vanishing gradient may lead nowhere, and random points at the border."""
+    """The starting points of the ascent: the center, and random points on the border of the ball.
+
+    An ascent from the center does not move if the gradient is zero there.
+    """
     starts = [_tree.zeros_like(params)]
     for each in jax.random.split(key, restarts) if restarts else ():
         noise = optax.tree.random_like(each, params, jax.random.normal)
@@ -151,29 +154,29 @@ def one_step_sharpness(
     adaptive: bool = False,
     progress: bool | None = None,
 ) -> jax.Array:
-    r"""The sharpness that SAM sees: the rise of the loss along one ascent step.
+    r"""The sharpness that SAM penalizes: the increase of the loss along one ascent step.
 
     .. math:: L(w + \epsilon) - L(w), \quad \epsilon = \rho\,g / \|g\|_2
 
     Args:
-      loss_fn: The loss, `(params, batch) -> scalar`: the mean over the examples of the batch. Leave
-        out weight decay, and take the model as it is in evaluation.
+      loss_fn: The loss, `(params, batch) -> scalar`: the mean over the examples of the batch. It should
+        leave out weight decay and run the model as in evaluation.
       params: The params, any pytree of floating-point arrays. Measured in float32 or better.
       batches: One batch (an array, or a tuple, dict or other pytree of arrays whose first axis counts
-        examples) or an iterable of batches (a list, a loader, a generator). Batches are worked on one
-        at a time and weighted by their sizes, and the result is that of their union.
+        examples) or an iterable of batches (a list, a loader, a generator). Batches are processed one
+        at a time and weighted by their sizes. The result is that of their union.
       rho: The radius, > 0.
       ord: The norm p of the ball, 2.0 or inf (a box, with the step :math:`\rho\,\mathrm{sign}(g)`).
-      adaptive: Measures the radius relative to each weight, :math:`\|\epsilon / |w|\|_p \le \rho`: a
-        measure that a rescaling of layers leaves alone. The plain one changes with it.
-      progress: Whether to show a progress bar; None for one on a terminal, if it takes long.
+      adaptive: Whether the radius is relative to each weight, :math:`\|\epsilon / |w|\|_p \le \rho`. The
+        adaptive measure does not change with a rescaling of layers; the plain one does.
+      progress: Whether to show a progress bar. None shows one on a terminal if the measure takes long.
 
     Returns:
-      The increase of the loss. shape=(), float32 or better. Two passes over the batches.
+      The increase of the loss. shape=(), float32 or better. It takes two passes over the batches.
 
     Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range, the loss is not a
-        scalar, not finite at params, or there is no batch.
+      TypeError, ValueError: If an argument has the wrong type or is out of range, the loss is not a
+        scalar or not finite at params, or there is no batch.
 
     Examples:
       >>> import jax.numpy as jnp, optax_sam
@@ -188,11 +191,9 @@ def one_step_sharpness(
       Foret et al., `Sharpness-Aware Minimization <https://arxiv.org/abs/2010.01412>`_, ICLR 2021.
     """
     _check(rho, ord, 1, 0)
-    params, batches = _batches.prepare(loss_fn, params, batches)
+    params, batches = _data.prepare(loss_fn, params, batches)
     z = _first_step(loss_fn, params, batches, rho, ord, adaptive, progress)
-    return _batches.mean(
-        functools.partial(_increase, loss_fn, adaptive, params, z), batches, progress=progress
-    )
+    return _data.mean(functools.partial(_increase, loss_fn, adaptive, params, z), batches, progress=progress)
 
 
 def _first_step(
@@ -205,8 +206,8 @@ def _first_step(
     progress: bool | None,
 ) -> Any:
     evaluate = functools.partial(_value_and_grad, loss_fn, adaptive, params, _tree.zeros_like(params))
-    value, gradient = _batches.mean(evaluate, batches, progress=progress, description="gradient")
-    _batches.finite("The loss and its gradient", (value, gradient))
+    value, gradient = _data.mean(evaluate, batches, progress=progress, description="gradient")
+    _data.finite("The loss and its gradient", (value, gradient))
     return _steepest(ord, gradient, rho)
 
 
@@ -228,38 +229,38 @@ def worst_case_sharpness(
     key: Any = 0,
     progress: bool | None = None,
 ) -> jax.Array:
-    r"""The largest rise of the loss in a ball, by projected ascent.
+    r"""The largest increase of the loss in a ball, by projected ascent.
 
     .. math:: \max_{\|\epsilon / c\|_p \le \rho} \{L(w + \epsilon) - L(w)\}, \quad c = 1 \text{ or } |w|
 
-    The ascent starts at the center and at random points of the border, tries strides of :math:`2\rho`,
-    halves the stride where a step did not go up, and keeps the best. What it returns is a lower bound
-    of the maximum; with few steps it is close to it where the loss is close to a quadratic that curves
-    upwards. Where it curves downwards along most directions, as at a saddle, take 100 steps: with few of
-    them a result of 0 may mean that no way up was found.
+    The ascent starts at the center and at random points of the border. It begins with strides of
+    :math:`2\rho`, halves the stride after a step that does not increase the loss, and keeps the best point.
+    The result is a lower bound of the maximum. With few steps it is close to the maximum if the loss is
+    close to a quadratic that curves upwards. If the loss curves downwards along most directions, as at a
+    saddle, take 100 steps. With few steps a result of 0 may mean that the ascent found no way up.
 
     Args:
-      loss_fn: As for `one_step_sharpness`, and so are params and batches; one perturbation for all
-        batches. For one of its own for every m examples see `m_sharpness`.
+      loss_fn: See `one_step_sharpness`, also for params and batches. All batches share one
+        perturbation. In `m_sharpness` every m examples have their own.
       params: The params.
       batches: The batches.
       rho: The radius, > 0.
       ord: The norm p of the ball, 2.0 or inf.
-      adaptive: Whether c is the size of the weights, for a measure that a rescaling of layers leaves
-        alone (the plain one changes with it).
-      steps: How many steps of ascent, >= 1.
-      restarts: How many ascents besides the first start from random points, >= 0; at a minimum the
-        gradient at the center is zero, and only these find the maximum.
+      adaptive: Whether c is the size of the weights. The adaptive measure does not change with a
+        rescaling of layers; the plain one does.
+      steps: The number of ascent steps, >= 1.
+      restarts: The number of additional ascents from random points, >= 0. At a minimum the gradient at
+        the center is zero, and only these ascents find the maximum.
       key: The random key, or an integer seed.
-      progress: Whether to show a progress bar; None for one on a terminal, if it takes long.
+      progress: Whether to show a progress bar. None shows one on a terminal if the measure takes long.
 
     Returns:
-      The increase of the loss, >= 0. shape=(), float32 or better. (steps + 1) (restarts + 1) passes
-      over the batches, each with a gradient; a generator is therefore kept as a list.
+      The increase of the loss, >= 0. shape=(), float32 or better. It takes (steps + 1) (restarts + 1)
+      passes over the batches, each with a gradient. A generator is therefore kept as a list.
 
     Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range, the loss is not a
-        scalar, not finite at params, or there is no batch.
+      TypeError, ValueError: If an argument has the wrong type or is out of range, the loss is not a
+        scalar or not finite at params, or there is no batch.
 
     Examples:
       >>> import jax.numpy as jnp, optax_sam
@@ -273,23 +274,24 @@ def worst_case_sharpness(
     References:
       Keskar et al., `On Large-Batch Training for Deep Learning <https://arxiv.org/abs/1609.04836>`_,
       ICLR 2017; Andriushchenko et al., `A Modern Look at the Relationship between Sharpness and
-      Generalization <https://arxiv.org/abs/2302.07011>`_, ICML 2023, who find that it follows the
-      learning rate, and generalization not reliably. Their ascent has momentum, this one backtracks.
+      Generalization <https://arxiv.org/abs/2302.07011>`_, ICML 2023. They find that this measure
+      follows the learning rate and does not reliably follow generalization. Their ascent uses momentum;
+      this one uses backtracking.
     """
     _check(rho, ord, steps, restarts)
-    params, batches = _batches.prepare(loss_fn, params, batches)
+    params, batches = _data.prepare(loss_fn, params, batches)
     radius = jnp.asarray(rho, jnp.result_type(*jax.tree.leaves(params)))
     starts = _starts(ord, restarts, params, radius, _checks.key("key", key))
-    with _batches.progress_bar(progress, (steps + 1) * len(starts), "worst case") as tick:
+    with _data.progress_bar(progress, (steps + 1) * len(starts), "worst case") as tick:
 
         def evaluate(z: Any) -> tuple[jax.Array, Any]:
             tick()
-            return _batches.mean(
+            return _data.mean(
                 functools.partial(_value_and_grad, loss_fn, adaptive, params, z), batches, progress=False
             )
 
         center = evaluate(starts[0])
-        _batches.finite("The loss and its gradient", center)
+        _data.finite("The loss and its gradient", center)
         best = jnp.zeros_like(center[0])
         for number, start in enumerate(starts):
             at_start = evaluate(start) if number else center
@@ -309,31 +311,31 @@ def average_sharpness(
     key: Any = 0,
     progress: bool | None = None,
 ) -> Estimate:
-    r"""The mean rise of the loss under Gaussian noise.
+    r"""The mean increase of the loss under Gaussian noise.
 
     .. math:: \mathbb{E}\,L(w + \epsilon) - L(w), \quad \epsilon_i \sim N(0, \rho^2 c_i^2), \quad
       c = 1 \text{ or } |w|
 
-    At a minimum and for a small radius it is :math:`\tfrac{\rho^2}{2} \sum_i c_i^2 H_{ii}`.
+    At a minimum and for a small radius the mean is :math:`\tfrac{\rho^2}{2} \sum_i c_i^2 H_{ii}`.
 
     Args:
-      loss_fn: As for `one_step_sharpness`, and so are params and batches.
+      loss_fn: See `one_step_sharpness`, also for params and batches.
       params: The params.
       batches: The batches.
-      rho: The deviation of the noise of one weight, > 0: its length is about
-        :math:`\rho \sqrt P` for P weights.
-      adaptive: Whether the noise is relative to the size of the weights, for a measure that a
-        rescaling of layers leaves alone (the plain one changes with it).
-      num_samples: How many perturbations are drawn, >= 2; all batches see the same.
+      rho: The standard deviation of the noise of one weight, > 0. For P weights the norm of the noise is
+        about :math:`\rho \sqrt P`.
+      adaptive: Whether the noise is relative to the size of the weights. The adaptive measure does not
+        change with a rescaling of layers; the plain one does.
+      num_samples: The number of perturbations, >= 2. All batches use the same perturbations.
       key: The random key, or an integer seed.
-      progress: Whether to show a progress bar; None for one on a terminal, if it takes long.
+      progress: Whether to show a progress bar. None shows one on a terminal if the measure takes long.
 
     Returns:
-      The mean increase of the loss and its standard error. One pass over the batches.
+      The mean increase of the loss and its standard error. It takes one pass over the batches.
 
     Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range, the loss is not a
-        scalar, not finite at params, or there is no batch.
+      TypeError, ValueError: If an argument has the wrong type or is out of range, the loss is not a
+        scalar or not finite at params, or there is no batch.
 
     Examples:
       >>> import jax.numpy as jnp, optax_sam
@@ -350,12 +352,12 @@ def average_sharpness(
     """
     _check(rho, 2.0, 1, 0)
     _checks.number("num_samples", num_samples, low=2, integer=True)
-    params, batches = _batches.prepare(loss_fn, params, batches)
+    params, batches = _data.prepare(loss_fn, params, batches)
     sample = functools.partial(_noise_increases, loss_fn, adaptive, num_samples, params, rho)
-    clean, increases = _batches.mean(
+    clean, increases = _data.mean(
         functools.partial(sample, _checks.key("key", key)), batches, progress=progress
     )
-    _batches.finite("The loss", clean)
+    _data.finite("The loss", clean)
     return Estimate.of(increases)
 
 
@@ -363,12 +365,12 @@ def average_sharpness(
 def _noise_increases(
     loss_fn: LossFn, adaptive: bool, num_samples: int, params: Any, rho: Any, key: Any, batch: Any
 ) -> Any:
-    clean = _batches.scalar_loss(loss_fn, params, batch)
+    clean = _data.scalar_loss(loss_fn, params, batch)
 
     def increase(key: jax.Array) -> jax.Array:
         noise = optax.tree.random_like(key, params, jax.random.normal)
         point = _displace(adaptive, params, jax.tree.map(lambda x: rho * x, noise))
-        return _batches.scalar_loss(loss_fn, point, batch) - clean
+        return _data.scalar_loss(loss_fn, point, batch) - clean
 
     return clean, jax.lax.map(increase, jax.random.split(key, num_samples))
 
@@ -392,30 +394,30 @@ def m_sharpness(
 
     .. math:: \frac1N \sum_{S} |S| \max_{\|\epsilon / c\|_p \le \rho} \{L_S(w + \epsilon) - L_S(w)\}
 
-    over disjoint sets S of m successive examples. Of the kinds of sharpness it is the one that SAM
-    with batches of m lowers. It does not rise when m is multiplied by a whole number, which joins sets.
+    The sets S are disjoint and hold m successive examples each. SAM with batches of m examples lowers this
+    kind of sharpness. Multiplication of m by a whole number joins sets and does not increase the sharpness.
 
     Args:
-      loss_fn: As for `one_step_sharpness`, and so are params and batches.
+      loss_fn: See `one_step_sharpness`, also for params and batches.
       params: The params.
-      batches: The batches. What is left of a batch after sets of m is a smaller set, weighted by its
-        size.
+      batches: The batches. The examples that remain of a batch after sets of m form a smaller set, which
+        is weighted by its size.
       rho: The radius, > 0.
-      m: How many examples share a perturbation, >= 1.
-      ord: As for `worst_case_sharpness`, and so are adaptive, steps and restarts.
+      m: The number of examples that share a perturbation, >= 1.
+      ord: See `worst_case_sharpness`, also for adaptive, steps and restarts.
       adaptive: Whether c is the size of the weights.
-      steps: How many steps of ascent, >= 1.
-      restarts: How many ascents besides the first start from random points, >= 0.
-      chunk_size: How many sets are worked on at once, each with a copy of params, >= 1.
+      steps: The number of ascent steps, >= 1.
+      restarts: The number of additional ascents from random points, >= 0.
+      chunk_size: The number of sets that are processed at once, each with a copy of params, >= 1.
       key: The random key, or an integer seed.
-      progress: Whether to show a progress bar; None for one on a terminal, if it takes long.
+      progress: Whether to show a progress bar. None shows one on a terminal if the measure takes long.
 
     Returns:
-      The mean increase of the loss, >= 0. shape=(), float32 or better. One pass over the batches.
+      The mean increase of the loss, >= 0. shape=(), float32 or better. It takes one pass over the batches.
 
     Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range, the loss is not a
-        scalar, not finite at params, or there is no batch.
+      TypeError, ValueError: If an argument has the wrong type or is out of range, the loss is not a
+        scalar or not finite at params, or there is no batch.
 
     Examples:
       >>> import jax.numpy as jnp, optax_sam
@@ -434,15 +436,15 @@ def m_sharpness(
     _check(rho, ord, steps, restarts)
     _checks.number("m", m, low=1, integer=True)
     _checks.number("chunk_size", chunk_size, low=1, integer=True)
-    params, batches = _batches.prepare(loss_fn, params, batches)
+    params, batches = _data.prepare(loss_fn, params, batches)
     radius = jnp.asarray(rho, jnp.result_type(*jax.tree.leaves(params)))
     starts = _starts(ord, restarts, params, radius, _checks.key("key", key))
     starts = jax.tree.map(lambda *xs: jnp.stack(xs), *starts)
     per_set = functools.partial(_mean_over_sets, loss_fn, m, ord, adaptive, steps, chunk_size)
-    clean, increase = _batches.mean(
+    clean, increase = _data.mean(
         functools.partial(per_set, params, radius, starts), batches, progress=progress
     )
-    _batches.finite("The loss", clean)
+    _data.finite("The loss", clean)
     return increase
 
 
@@ -459,11 +461,11 @@ def _mean_over_sets(
     starts: Any,
     batch: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    size = _batches.batch_size(batch)
+    size = _data.batch_size(batch)
 
     def largest(indices: jax.Array) -> tuple[jax.Array, jax.Array]:
         chosen = jax.tree.map(lambda x: x[indices] if jnp.ndim(x) else x, batch)
-        clean = _batches.scalar_loss(loss_fn, params, chosen)
+        clean = _data.scalar_loss(loss_fn, params, chosen)
 
         def at(z: Any) -> Any:
             return _value_and_grad(loss_fn, adaptive, params, z, chosen)
@@ -496,23 +498,24 @@ def surrogate_gap(
     key: Any = 0,
     progress: bool | None = None,
 ) -> SurrogateGap:
-    r"""The surrogate gap of GSAM, and the eigenvalue it stands for.
+    r"""The surrogate gap of GSAM, and the estimate of the top eigenvalue that belongs to it.
 
     .. math:: h = L(w + \rho\,g / \|g\|_2) - L(w), \quad
       \lambda_1 \approx \frac{2}{\rho^2} \max_{\|\epsilon\|_2 \le \rho} \{L(w + \epsilon) - L(w)\}
 
-    The gap is the one-step sharpness; the eigenvalue takes the maximum, because the step along the
-    gradient misses the sharpest direction near a minimum. Neither survives a rescaling of layers.
+    The gap is the one-step sharpness. The estimate of the eigenvalue uses the maximum in the ball instead,
+    because near a minimum the step along the gradient misses the sharpest direction. Both change with a
+    rescaling of layers.
 
     Args:
-      loss_fn: As for `one_step_sharpness`, and so are params and batches.
-      params: The params; the eigenvalue is right near a minimum.
+      loss_fn: See `one_step_sharpness`, also for params and batches.
+      params: The params. The eigenvalue is right near a minimum.
       batches: The batches.
       rho: The radius, > 0.
-      steps: As for `worst_case_sharpness`, and so are restarts and key.
-      restarts: How many ascents besides the first start from random points, >= 0.
+      steps: See `worst_case_sharpness`, also for restarts and key.
+      restarts: The number of additional ascents from random points, >= 0.
       key: The random key, or an integer seed.
-      progress: Whether to show a progress bar; None for one on a terminal, if it takes long.
+      progress: Whether to show a progress bar. None shows one on a terminal if the measure takes long.
 
     Returns:
       The gap and the eigenvalue.
@@ -532,7 +535,7 @@ def surrogate_gap(
       Zhuang et al., `Surrogate Gap Guided Sharpness-Aware Minimization
       <https://arxiv.org/abs/2203.08065>`_, ICLR 2022, lemma 3.3.
     """
-    batches = _batches.as_batches(batches)
+    batches = _data.as_batches(batches)
     gap = one_step_sharpness(loss_fn, params, batches, rho, progress=progress)
     worst = worst_case_sharpness(
         loss_fn, params, batches, rho, steps=steps, restarts=restarts, key=key, progress=progress

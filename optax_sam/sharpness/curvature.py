@@ -1,4 +1,4 @@
-"""Curvature of the loss: eigenvalues, trace, diagonal and spectral density, through `matfree`."""
+"""Curvature of the loss: eigenvalues, trace, diagonal and spectral density, with `matfree`."""
 
 import functools
 from collections.abc import Callable
@@ -11,16 +11,21 @@ import numpy as np
 import optax
 from numpy.typing import ArrayLike
 
-from optax_sam import _batches, _checks, _tree
-from optax_sam._batches import LossFn
-from optax_sam._neighbourhood import Estimate
+from optax_sam import _checks, _tree
+from optax_sam._loss import CompositeLoss
+from optax_sam.sharpness import _data
+from optax_sam.sharpness._data import LossFn
+from optax_sam.sharpness.ball import Estimate
 
 
 class GaussNewton(NamedTuple):
-    """A loss whose curvature, wherever one of this module's functions asks for it, is Gauss-Newton's.
+    """A loss for which the measures of curvature use the Gauss-Newton matrix in place of the Hessian.
 
-    That is the Hessian without the curvature of the model: positive semi-definite for a convex
-    `output_loss`, and for a cross-entropy the Fisher information. Use it in place of `loss_fn`.
+    The Gauss-Newton matrix is the Hessian without the curvature of the model. It is positive semi-definite
+    for a convex `output_loss`, and it is the Fisher information for a cross-entropy. Pass a `GaussNewton` as
+    `loss_fn`. `optax_sam.CompositeLoss(model_fn, output_loss)` has the same effect for functions that take
+    inputs and targets apart: a batch is then the pair `(inputs, targets)`. Only `relative_flatness` uses the
+    Hessian of the whole loss in all cases.
 
     Attributes:
       model_fn: `(params, batch) -> outputs`, such as logits.
@@ -36,13 +41,13 @@ class GaussNewton(NamedTuple):
 
 
 class Eigenpairs(NamedTuple):
-    r"""The top of a spectrum.
+    r"""The largest eigenvalues of a matrix.
 
     Attributes:
       values: The k largest eigenvalues, largest first. shape=(k,)
       vectors: Their eigenvectors of unit norm, a pytree like params with a first axis of length k.
       residuals: Norms of :math:`H v - \lambda v`, which bound the errors of the values. shape=(k,)
-      smallest: An estimate, from above, of the smallest eigenvalue. shape=()
+      smallest: An upper estimate of the smallest eigenvalue. shape=()
     """
 
     values: jax.Array
@@ -51,41 +56,43 @@ class Eigenpairs(NamedTuple):
     smallest: jax.Array
 
     def ratio(self, number: int = 5) -> jax.Array:
-        """The largest eigenvalue divided by the one of that number: by the fifth in Foret et al."""
+        """The largest eigenvalue divided by the eigenvalue of that number, the fifth in Foret et al."""
         _checks.number("number", number, low=1, high=len(self.values), integer=True)
         return self.values[0] / self.values[number - 1]
 
 
 class SpectralDensity(NamedTuple):
-    """A spectrum as stochastic Lanczos quadrature sees it: point masses, some for every probe.
+    """A spectrum from stochastic Lanczos quadrature: point masses, several for every probe.
 
     Attributes:
-      nodes: Where the masses stand. shape=(num_probes, num_matvecs)
-      weights: The masses; all of them sum to one. shape=(num_probes, num_matvecs)
+      nodes: The positions of the masses. shape=(num_probes, num_matvecs)
+      weights: The masses. All masses together sum to one. shape=(num_probes, num_matvecs)
     """
 
     nodes: jax.Array
     weights: jax.Array
 
     def moment(self, power: int) -> jax.Array:
-        r"""The mean of :math:`\lambda^j` over all eigenvalues: the trace of the j-th power over P."""
+        r"""The mean of :math:`\lambda^j` over all eigenvalues: the trace of the j-th power divided by P."""
         return jnp.sum(self.weights * self.nodes**power)
 
     def smooth(
         self, grid: ArrayLike | None = None, bandwidth: float | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """The density as a curve: every mass widened to a Gaussian.
+        """The density as a curve, in which every mass is a Gaussian.
 
         Args:
-          grid: Where to evaluate it; None for 1024 points over the spectrum and three bandwidths beyond.
-          bandwidth: The deviation of the Gaussians, > 0; None for a hundredth of the spectrum's width.
+          grid: The points of evaluation. None takes 1024 points over the spectrum and three bandwidths
+            beyond it.
+          bandwidth: The standard deviation of the Gaussians, > 0. None takes a hundredth of the width of
+            the spectrum.
 
         Returns:
           The grid and the density on it.
         """
         low, high = jnp.min(self.nodes), jnp.max(self.nodes)
         if bandwidth is None:
-            # A spectrum of one point, up to rounding, has no width to take a hundredth of.
+            # A spectrum of one point has no width except for rounding errors. Its size is used instead.
             scale = jnp.maximum(jnp.abs(low), jnp.abs(high))
             is_wide = high - low > 1e-4 * scale
             width = jnp.where(is_wide, high - low, jnp.where(scale > 0.0, scale, 1.0))
@@ -99,17 +106,26 @@ class SpectralDensity(NamedTuple):
 
 
 def _product(loss_fn: LossFn, params: optax.Params, vector: Any, batch: Any) -> Any:
-    """The curvature on one batch times a vector."""
-    if isinstance(loss_fn, GaussNewton):
-        outputs, pull_back = jax.vjp(lambda p: loss_fn.model_fn(p, batch), params)
-        _, moved = jax.jvp(lambda p: loss_fn.model_fn(p, batch), (params,), (vector,))
+    """The Hessian on one batch, or the Gauss-Newton matrix of a loss with two parts, times a vector."""
+    if isinstance(loss_fn, CompositeLoss):
+        inputs, targets = _data.inputs_and_targets(batch)
+    elif isinstance(loss_fn, GaussNewton):
+        inputs = targets = batch
+    else:
+        gradient = jax.grad(lambda p: _data.scalar_loss(loss_fn, p, batch))
+        return jax.jvp(gradient, (params,), (vector,))[1]
 
-        def loss(outputs: Any) -> jax.Array:
-            return _batches.scalar_loss(loss_fn.output_loss, outputs, batch)
+    def model(params: optax.Params) -> Any:
+        if isinstance(loss_fn, CompositeLoss):
+            return _data.model_outputs(loss_fn, params, inputs)
+        return loss_fn.model_fn(params, inputs)
 
-        return pull_back(jax.jvp(jax.grad(loss), (outputs,), (moved,))[1])[0]
-    gradient = jax.grad(lambda p: _batches.scalar_loss(loss_fn, p, batch))
-    return jax.jvp(gradient, (params,), (vector,))[1]
+    def loss(outputs: Any) -> jax.Array:
+        return _data.scalar_loss(loss_fn.output_loss, outputs, targets)
+
+    outputs, pull_back = jax.vjp(model, params)
+    _, moved = jax.jvp(model, (params,), (vector,))
+    return pull_back(jax.jvp(jax.grad(loss), (outputs,), (moved,))[1])[0]
 
 
 _jitted_product = jax.jit(_product, static_argnums=0)
@@ -123,18 +139,19 @@ def hessian_vector_product(
     .. math:: H v = \frac{\mathrm d}{\mathrm dt} \nabla L(w + t v) \Big|_{t = 0}
 
     Args:
-      loss_fn: The loss, `(params, batch) -> scalar`: the mean over the examples of the batch.
+      loss_fn: The loss, `(params, batch) -> scalar`: the mean over the examples of the batch. A
+        `GaussNewton` or an `optax_sam.CompositeLoss` gives the product with the Gauss-Newton matrix.
       params: The params, any pytree of floating-point arrays. Measured in float32 or better.
       batches: One batch (an array, or a tuple, dict or other pytree of arrays whose first axis counts
         examples) or an iterable of batches, weighted by their sizes.
       vector: A pytree of the structure and shapes of params.
-      progress: Whether to show a progress bar; None for one on a terminal, if it takes long.
+      progress: Whether to show a progress bar. None shows one on a terminal if the measure takes long.
 
     Returns:
-      The product, a pytree like params. One pass over the batches, in the memory of one.
+      The product, a pytree like params. It takes one pass over the batches, in the memory of one batch.
 
     Raises:
-      TypeError, ValueError: If an argument is not of its kind, the loss is not a scalar, the product
+      TypeError, ValueError: If an argument has the wrong type, the loss is not a scalar, the product is
         not finite, or there is no batch.
 
     Examples:
@@ -148,13 +165,13 @@ def hessian_vector_product(
     References:
       Pearlmutter, Fast Exact Multiplication by the Hessian, Neural Computation 1994.
     """
-    params, batches = _batches.prepare(loss_fn, params, batches)
+    params, batches = _data.prepare(loss_fn, params, batches)
     _checks.same_shapes("`vector`", vector, params)
     vector = _tree.cast_like(jax.tree.map(jnp.asarray, vector), params)
-    product = _batches.mean(
+    product = _data.mean(
         functools.partial(_jitted_product, loss_fn, params, vector), batches, progress=progress
     )
-    _batches.finite("The second derivatives of the loss", product)
+    _data.finite("The second derivatives of the loss", product)
     return product
 
 
@@ -171,18 +188,20 @@ def gauss_newton_vector_product(
 
     .. math:: G v = J^\top H_\mathrm{out} J v
 
-    with the Jacobian J of the outputs and the Hessian :math:`H_\mathrm{out}` of the loss in the outputs.
+    Here J is the Jacobian of the outputs, and :math:`H_\mathrm{out}` is the Hessian of the loss with respect
+    to the outputs. `hessian_vector_product` computes the same product for a `GaussNewton` or an
+    `optax_sam.CompositeLoss`.
 
     Args:
       model_fn: `(params, batch) -> outputs`, such as logits.
       output_loss: `(outputs, batch) -> scalar`, the mean loss of the batch.
-      params: As for `hessian_vector_product`, and so are batches and vector.
+      params: See `hessian_vector_product`, also for batches and vector.
       batches: The batches.
       vector: A pytree of the structure and shapes of params.
-      progress: Whether to show a progress bar; None for one on a terminal, if it takes long.
+      progress: Whether to show a progress bar. None shows one on a terminal if the measure takes long.
 
     Returns:
-      The product, a pytree like params. One pass over the batches, in the memory of one.
+      The product, a pytree like params. It takes one pass over the batches, in the memory of one batch.
 
     Raises:
       TypeError, ValueError: As for `hessian_vector_product`.
@@ -198,13 +217,13 @@ def gauss_newton_vector_product(
       Schraudolph, Fast Curvature Matrix-Vector Products, Neural Computation 2002.
     """
     for name, function in (("model_fn", model_fn), ("output_loss", output_loss)):
-        _batches.prepare(function, params, (), name=name)
+        _data.prepare(function, params, (), name=name)
     return hessian_vector_product(
         GaussNewton(model_fn, output_loss), params, batches, vector, progress=progress
     )
 
 
-# What a running program calls once per product; the innermost bar moves.
+# The functions that advance the progress bars. A running program calls the last one once per product.
 _ticks: list[Callable[[], None]] = []
 
 
@@ -217,7 +236,7 @@ def _matvec(loss_fn: LossFn, params: optax.Params, groups: Any, ticks: bool) -> 
     def matvec(vector: Any) -> Any:
         if ticks:
             jax.debug.callback(_tick)
-        return _batches.scan_mean(functools.partial(_product, loss_fn, params, vector), groups)
+        return _data.scan_mean(functools.partial(_product, loss_fn, params, vector), groups)
 
     return matvec
 
@@ -232,30 +251,31 @@ def _flat_matvec(loss_fn: LossFn, params: optax.Params, groups: Any, ticks: bool
 def _lanczos(
     loss_fn: LossFn, num_matvecs: int, ticks: bool, params: optax.Params, groups: Any, start: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The basis of the Krylov space of a vector, one vector a row, and the matrix in that basis."""
-    # Lanczos with full reorthogonalization is Arnoldi. matfree's `tridiag_sym` runs this too, but averages
-    # the matrix with its transpose, in which a space that closes early can no longer be seen.
-    # `custom_vjp=False`: nobody differentiates this.
-    arnoldi = _batches.extra("matfree.decomp").hessenberg(num_matvecs, reortho="full", custom_vjp=False)
+    """The basis of the Krylov space of a vector, one basis vector per row, and the matrix in that basis."""
+    # Lanczos with full reorthogonalization is Arnoldi. matfree's `tridiag_sym` also runs Arnoldi, but it
+    # averages the matrix with its transpose. That average hides where the Krylov space closes early.
+    # `custom_vjp=False`: the result is not differentiated.
+    arnoldi = _data.extra("matfree.decomp").hessenberg(num_matvecs, reortho="full", custom_vjp=False)
     basis, matrix, *_ = arnoldi(_flat_matvec(loss_fn, params, groups, ticks), start)
     return basis, matrix
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _dense(loss_fn: LossFn, ticks: bool, params: optax.Params, groups: Any) -> jax.Array:
-    """The whole matrix, for as few params as there would be products anyway."""
+    """The whole matrix. It is used where the number of products is at least the number of params."""
     flat, _ = jax.flatten_util.ravel_pytree(params)
     matrix = jax.lax.map(_flat_matvec(loss_fn, params, groups, ticks), jnp.eye(flat.size, dtype=flat.dtype))
     return (matrix + matrix.T) / 2
 
 
 def _closed(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The leading block of the matrix at which the Krylov space closes, made symmetric.
+    """The leading block of the matrix up to where the Krylov space closes, made symmetric.
 
-    Where the start vector lies in the span of a few eigenvectors, as with a Hessian of low rank, a
-    residual (below the diagonal) vanishes, and all that follows is made of rounding errors or NaN.
+    The space closes early if the start vector lies in the span of a few eigenvectors, as with a Hessian of
+    low rank. A residual (an entry below the diagonal) is then zero up to rounding. All later entries are
+    rounding errors or NaN.
     """
-    # Products of a dense matrix leave residuals up to 1e-9 where nothing is left in float64.
+    # In float64 the products of a dense matrix leave residuals up to 1e-9 where the exact residual is zero.
     tolerance = 1e-8 if matrix.dtype == np.float64 else 100 * np.finfo(np.float32).eps
     matrix = matrix.astype(np.float64)
     scale, size = np.abs(matrix[0, 0]), len(matrix)
@@ -269,9 +289,9 @@ def _closed(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def _prepare(loss_fn: LossFn, params: optax.Params, batches: Any) -> tuple[Any, Any, int]:
-    """Params, stacked batches and the number of params."""
-    params, batches = _batches.prepare(loss_fn, params, batches)
-    return params, _batches.stack(batches), sum(x.size for x in jax.tree.leaves(params))
+    """The params, the stacked batches and the number of params."""
+    params, batches = _data.prepare(loss_fn, params, batches)
+    return params, _data.stack(batches), sum(x.size for x in jax.tree.leaves(params))
 
 
 def top_eigenpairs(
@@ -288,29 +308,29 @@ def top_eigenpairs(
 
     .. math:: H v_i = \lambda_i v_i, \quad \lambda_1 \ge \dots \ge \lambda_k
 
-    Eigenvalues of the Hessian change with a rescaling of layers that leaves the network as it is: they
-    compare solutions of one architecture, best at equal training loss.
+    A rescaling of layers changes the eigenvalues although the network computes the same function.
+    Compare only solutions of one architecture, best at equal training loss.
 
     Args:
-      loss_fn: As for `hessian_vector_product`, and so are params and batches. A `GaussNewton` gives the
-        eigenvalues of its matrix.
+      loss_fn: See `hessian_vector_product`, also for params and batches. A `GaussNewton` or a
+        `CompositeLoss` gives the eigenvalues of the Gauss-Newton matrix.
       params: The params.
-      batches: The batches, all of them kept in memory; a product works on one at a time.
-      k: How many eigenpairs, from 1 to the number of params.
-      num_matvecs: How many products the method takes, >= k; its memory is that many copies of
-        params. None for 4 k + 20. At most the number of params are taken, and then the result is
-        that of the dense matrix. Look at `residuals`, and raise it where they are large.
+      batches: The batches. All of them are kept in memory; a product processes one at a time.
+      k: The number of eigenpairs, from 1 to the number of params.
+      num_matvecs: The number of products, >= k. The method needs the memory of that many copies of params.
+        None takes 4 k + 20. If it is at least the number of params, the whole matrix is computed instead,
+        by one product per param. Raise it if `residuals` are large.
       key: The random key of the start vector, or an integer seed.
-      progress: Whether to show a progress bar; None for one on a terminal, if it takes long.
+      progress: Whether to show a progress bar. None shows one on a terminal if the measure takes long.
 
     Returns:
-      The eigenpairs. A multiple eigenvalue is found once, unless the matrix is dense.
+      The eigenpairs. The method finds a multiple eigenvalue only once, unless it computes the whole matrix.
 
     Raises:
       ImportError: If the extra `sharpness` is not installed.
-      TypeError, ValueError: If an argument is not of its kind or out of its range, the loss is not a
-        scalar, the products not finite, there is no batch, or there are fewer than k different
-        eigenvalues to be found.
+      TypeError, ValueError: If an argument has the wrong type or is out of range, the loss is not a
+        scalar, the products are not finite, there is no batch, or the method finds fewer than k different
+        eigenvalues.
 
     Examples:
       >>> import jax.numpy as jnp, optax_sam
@@ -322,7 +342,7 @@ def top_eigenpairs(
 
     References:
       Lanczos, 1950, as in `matfree <https://pypi.org/project/matfree>`_, with full
-      reorthogonalization. The ratio after Foret et al., ICLR 2021, section 4.2.
+      reorthogonalization. The ratio is that of Foret et al., ICLR 2021, section 4.2.
     """
     params, groups, dimension = _prepare(loss_fn, params, batches)
     _checks.number("k", k, low=1, high=dimension, integer=True)
@@ -331,9 +351,9 @@ def top_eigenpairs(
     start, unravel = jax.flatten_util.ravel_pytree(
         optax.tree.random_like(_checks.key("key", key), params, jax.random.normal)
     )
-    _batches.extra("matfree")
-    ticks = _batches.shows_progress(progress)
-    with _batches.progress_bar(progress, count + k, "eigenvalues") as tick:
+    _data.extra("matfree")
+    ticks = _data.shows_progress(progress)
+    with _data.progress_bar(progress, count + k, "eigenvalues") as tick:
         _ticks.append(tick)
         try:
             if count == dimension:
@@ -341,7 +361,7 @@ def top_eigenpairs(
             else:
                 basis, projected = _lanczos(loss_fn, count, ticks, params, groups, start)
                 matrix = _closed(np.asarray(projected))
-            _batches.finite("The second derivatives of the loss", matrix)
+            _data.finite("The second derivatives of the loss", matrix)
             if k > len(matrix):
                 msg = (
                     f"`k` must be at most {len(matrix)} here, got {k}: the matrix has so few different "
@@ -349,7 +369,7 @@ def top_eigenpairs(
                 )
                 raise ValueError(msg)
             values, coefficients = np.linalg.eigh(matrix)
-            # Largest first.
+            # The columns in reverse order: the largest eigenvalue first.
             top = jnp.asarray(coefficients[:, ::-1][:, :k].T, start.dtype)
             flat = top if basis is None else top @ basis[: len(matrix)]
             vectors = jax.vmap(unravel)(flat)
@@ -377,7 +397,7 @@ def _residuals(
 @functools.partial(jax.jit, static_argnums=0)
 def _probe(loss_fn: LossFn, params: optax.Params, groups: Any, key: jax.Array) -> Any:
     """One sample of the trace and of the diagonal."""
-    stochtrace = _batches.extra("matfree.stochtrace")
+    stochtrace = _data.extra("matfree.stochtrace")
     estimate = stochtrace.estimator_monte_carlo(
         stochtrace.monte_carlo_trace_and_diagonal(), stochtrace.sampler_signs(params, num=1)
     )
@@ -386,7 +406,7 @@ def _probe(loss_fn: LossFn, params: optax.Params, groups: Any, key: jax.Array) -
 
 @jax.jit
 def _accumulate(number: jax.Array, mean: Any, squares: Any, sample: Any) -> tuple[Any, Any]:
-    """Welford's running mean and sum of squared deviations."""
+    """One step of Welford's running mean and sum of squared deviations."""
     new = jax.tree.map(lambda m, x: m + (x - m) / number.astype(m.dtype), mean, sample)
     squares = jax.tree.map(lambda s, m, n, x: s + (x - m) * (x - n), squares, mean, new, sample)
     return new, squares
@@ -404,9 +424,9 @@ def _hutchinson(
     params, groups, _ = _prepare(loss_fn, params, batches)
     _checks.number("num_samples", num_samples, low=2, integer=True)
     keys = jax.random.split(_checks.key("key", key), num_samples)
-    _batches.extra("matfree")
+    _data.extra("matfree")
     mean = squares = None
-    with _batches.progress_bar(progress, num_samples, name) as tick:
+    with _data.progress_bar(progress, num_samples, name) as tick:
         for number, each in enumerate(keys, start=1):
             sample = _probe(loss_fn, params, groups, each)[name]
             if mean is None:
@@ -414,8 +434,8 @@ def _hutchinson(
             else:
                 mean, squares = _accumulate(jnp.asarray(number), mean, squares, sample)
             tick()
-    _batches.finite("The second derivatives of the loss", mean)
-    # The variance of the mean is that of a sample divided by their number.
+    _data.finite("The second derivatives of the loss", mean)
+    # The variance of the mean is the variance of one sample divided by the number of samples.
     divisor = num_samples * (num_samples - 1)
     return Estimate(mean, jax.tree.map(lambda s: jnp.sqrt(s / divisor), squares))
 
@@ -433,24 +453,24 @@ def hessian_trace(
 
     .. math:: \mathrm{tr}\,H = \mathbb{E}\, z^\top H z, \quad z_i = \pm 1
 
-    The trace changes with a rescaling of layers that leaves the network as it is.
+    A rescaling of layers changes the trace although the network computes the same function.
 
     Args:
-      loss_fn: As for `hessian_vector_product`, and so are params and batches. A `GaussNewton` gives the
-        trace of its matrix.
+      loss_fn: See `hessian_vector_product`, also for params and batches. A `GaussNewton` or a
+        `CompositeLoss` gives the trace of the Gauss-Newton matrix.
       params: The params.
-      batches: The batches, all of them kept in memory; a product works on one at a time.
-      num_samples: How many random vectors, >= 2, each for the price of a product.
+      batches: The batches. All of them are kept in memory; a product processes one at a time.
+      num_samples: The number of random vectors, >= 2. Each costs one product.
       key: The random key, or an integer seed.
-      progress: Whether to show a progress bar; None for one on a terminal, if it takes long.
+      progress: Whether to show a progress bar. None shows one on a terminal if the measure takes long.
 
     Returns:
       The estimate and its standard error.
 
     Raises:
       ImportError: If the extra `sharpness` is not installed.
-      TypeError, ValueError: If an argument is not of its kind or out of its range, the loss is not a
-        scalar, the products not finite, or there is no batch.
+      TypeError, ValueError: If an argument has the wrong type or is out of range, the loss is not a
+        scalar, the products are not finite, or there is no batch.
 
     Examples:
       >>> import jax.numpy as jnp, optax_sam
@@ -480,16 +500,16 @@ def hessian_diagonal(
     .. math:: \mathrm{diag}\,H = \mathbb{E}\, z \odot H z, \quad z_i = \pm 1
 
     Args:
-      loss_fn: As for `hessian_trace`, and so are all other arguments.
+      loss_fn: See `hessian_trace`, also for all other arguments.
       params: The params.
       batches: The batches.
-      num_samples: How many random vectors, >= 2, each for the price of a product.
+      num_samples: The number of random vectors, >= 2. Each costs one product.
       key: The random key, or an integer seed.
-      progress: Whether to show a progress bar; None for one on a terminal, if it takes long.
+      progress: Whether to show a progress bar. None shows one on a terminal if the measure takes long.
 
     Returns:
-      The estimate and its standard error, each a pytree like params. The memory is a few copies of
-      params, whatever the number of samples.
+      The estimate and its standard error, each a pytree like params. The method needs the memory of a few
+      copies of params, for any number of samples.
 
     Raises:
       ImportError, TypeError, ValueError: As for `hessian_trace`.
@@ -523,21 +543,21 @@ def spectral_density(
     .. math:: \frac1P \sum_i \delta(\lambda - \lambda_i) \approx
       \frac1n \sum_{z} \sum_j (e_1^\top u_j)^2\, \delta(\lambda - \theta_j), \quad T_z u_j = \theta_j u_j
 
-    with the tridiagonal matrix :math:`T_z` of the Lanczos method started at a random z.
+    Here :math:`T_z` is the tridiagonal matrix of the Lanczos method that starts at a random z.
 
     Args:
-      loss_fn: As for `hessian_vector_product`, and so are params and batches. A `GaussNewton` gives the
-        density of its matrix.
+      loss_fn: See `hessian_vector_product`, also for params and batches. A `GaussNewton` or a
+        `CompositeLoss` gives the density of the Gauss-Newton matrix.
       params: The params.
-      batches: The batches, all of them kept in memory; a product works on one at a time.
-      num_probes: How many random vectors, >= 1.
-      num_matvecs: How many products for each, >= 1, and at most the number of params are taken. The
-        memory is that many copies of params.
+      batches: The batches. All of them are kept in memory; a product processes one at a time.
+      num_probes: The number of random vectors, >= 1.
+      num_matvecs: The number of products for each vector, >= 1. It is cut to the number of params. The
+        method needs the memory of that many copies of params.
       key: The random key, or an integer seed.
-      progress: Whether to show a progress bar; None for one on a terminal, if it takes long.
+      progress: Whether to show a progress bar. None shows one on a terminal if the measure takes long.
 
     Returns:
-      The masses; their method `smooth` makes a curve of them, and `moment` gives the means of powers.
+      The masses. Their method `smooth` turns them into a curve, and `moment` gives the means of powers.
 
     Raises:
       ImportError, TypeError, ValueError: As for `hessian_trace`.
@@ -559,20 +579,20 @@ def spectral_density(
     _checks.number("num_matvecs", num_matvecs, low=1, integer=True)
     count = min(num_matvecs, dimension)
     flat, _ = jax.flatten_util.ravel_pytree(params)
-    _batches.extra("matfree")
+    _data.extra("matfree")
     nodes, weights = np.zeros((num_probes, count)), np.zeros((num_probes, count))
     keys = jax.random.split(_checks.key("key", key), num_probes)
-    ticks = _batches.shows_progress(progress)
-    with _batches.progress_bar(progress, num_probes * count, "spectral density") as tick:
+    ticks = _data.shows_progress(progress)
+    with _data.progress_bar(progress, num_probes * count, "spectral density") as tick:
         _ticks.append(tick)
         try:
             for i, each in enumerate(keys):
                 probe = jax.random.rademacher(each, flat.shape, flat.dtype)
                 _, projected = _lanczos(loss_fn, count, ticks, params, groups, probe)
                 matrix = _closed(np.asarray(projected))
-                _batches.finite("The second derivatives of the loss", matrix)
+                _data.finite("The second derivatives of the loss", matrix)
                 values, vectors = np.linalg.eigh(matrix)
-                # Beyond a closed space: masses of zero where the last one stands.
+                # Nodes beyond a closed Krylov space get mass zero, at the position of the last node.
                 nodes[i] = values[-1]
                 nodes[i, : len(values)], weights[i, : len(values)] = values, vectors[0] ** 2
             jax.effects_barrier()
@@ -592,7 +612,7 @@ def _layer_samples(
     def gradient(kernel: jax.Array) -> jax.Array:
         def loss(kernel: jax.Array) -> jax.Array:
             there = [*leaves[:position], kernel, *leaves[position + 1 :]]
-            return _batches.scalar_loss(loss_fn, jax.tree.unflatten(structure, there), batch)
+            return _data.scalar_loss(loss_fn, jax.tree.unflatten(structure, there), batch)
 
         return jax.grad(loss)(kernel)
 
@@ -614,31 +634,33 @@ def relative_flatness(
     key: Any = 0,
     progress: bool | None = None,
 ) -> Estimate:
-    r"""The relative flatness of a layer: its curvature, weighted by its weights.
+    r"""The relative flatness of a layer: its second derivatives, weighted by products of its weights.
 
     .. math:: \kappa = \sum_{s, s'} \langle w_s, w_{s'} \rangle\, \mathrm{tr}\,H_{s s'}
       = \mathbb{E}\, u^\top H u, \quad u = \zeta\, (\xi^\top W), \quad \zeta_i, \xi_i = \pm 1
 
-    where :math:`w_s` are the weights into the output s of the layer, the column s of W in Flax's layout,
-    and :math:`H_{s s'}` the block of second derivatives in :math:`w_s` and :math:`w_{s'}`. Small is flat.
-    It does not change when one layer is scaled up and the next one down.
+    Here :math:`w_s` are the weights of the output s of the layer, which is the column s of W in Flax's
+    layout, and :math:`H_{s s'}` is the block of second derivatives with respect to :math:`w_s` and
+    :math:`w_{s'}`. A small value means a flat loss. The measure does not change when one layer is scaled up
+    and the next one down.
 
     Args:
-      loss_fn: As for `hessian_vector_product`, and so are params and batches.
+      loss_fn: See `hessian_vector_product`, also for params and batches. The measure uses the
+        Hessian of the whole loss also for a `GaussNewton` or a `CompositeLoss`.
       params: The params.
       batches: The batches.
-      layer: The path of the kernel in params, its last axis that of the outputs: "Dense_1/kernel". The
-        last layer but one is usual.
-      num_samples: How many random pairs of vectors, >= 2, each for the price of a product.
+      layer: The path of the kernel in params, such as "Dense_1/kernel". The last axis of the kernel must
+        count the outputs. The usual choice is the last layer but one.
+      num_samples: The number of random pairs of vectors, >= 2. Each costs one product.
       key: The random key, or an integer seed.
-      progress: Whether to show a progress bar; None for one on a terminal, if it takes long.
+      progress: Whether to show a progress bar. None shows one on a terminal if the measure takes long.
 
     Returns:
-      The estimate and its standard error. One pass over the batches, in the memory of one.
+      The estimate and its standard error. It takes one pass over the batches, in the memory of one batch.
 
     Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range, there is no such
-        layer, the loss is not a scalar, the products not finite, or there is no batch.
+      TypeError, ValueError: If an argument has the wrong type or is out of range, there is no such
+        layer, the loss is not a scalar, the products are not finite, or there is no batch.
 
     Examples:
       >>> import jax.numpy as jnp, optax_sam
@@ -653,7 +675,7 @@ def relative_flatness(
       Petzka et al., `Relative Flatness and Generalization <https://arxiv.org/abs/2001.00939>`_, NeurIPS
       2021.
     """
-    params, batches = _batches.prepare(loss_fn, params, batches)
+    params, batches = _data.prepare(loss_fn, params, batches)
     _checks.number("num_samples", num_samples, low=2, integer=True)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     kernels = {
@@ -666,6 +688,6 @@ def relative_flatness(
         raise ValueError(msg)
     _checks.choice("layer", layer, tuple(kernels))
     sample = functools.partial(_layer_samples, loss_fn, kernels[layer], num_samples, params)
-    samples = _batches.mean(functools.partial(sample, _checks.key("key", key)), batches, progress=progress)
-    _batches.finite("The second derivatives of the loss", samples)
+    samples = _data.mean(functools.partial(sample, _checks.key("key", key)), batches, progress=progress)
+    _data.finite("The second derivatives of the loss", samples)
     return Estimate.of(samples)

@@ -1,0 +1,387 @@
+"""The loss as an evaluation rule sees it: `Loss`, its three verbs, and what they return.
+
+Whether the batch is spread over devices, split into shards or accumulated from microbatches is settled in
+here, once for all variants.
+"""
+
+import ast
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import export
+
+from optax_sam import _tree
+
+AxisName = str | tuple[str, ...]
+
+
+def serializable(kind: Any) -> Any:
+    """Lets `jax.export` write a named tuple, so that an exported step keeps its state."""
+    try:
+        return export.register_namedtuple_serialization(kind, serialized_name=f"optax_sam.{kind.__name__}")
+    except ValueError:  # The package is imported for a second time in this process.
+        return kind
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class MadeBy:
+    """Which variant evaluated a pair of gradients: a mark on the pair, no array.
+
+    All marks are equal, so that pairs can be added to one another, whoever made them.
+
+    Attributes:
+      name: The name of the constructor; empty: unknown.
+      arguments: Those of its arguments that are Python numbers or strings, as pairs of name and value.
+      precision: The least precise floating-point dtype in which the loss was computed, if that is known.
+    """
+
+    name: str = ""
+    arguments: tuple[tuple[str, Any], ...] = ()
+    precision: str | None = None
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the other is a mark too."""
+        return isinstance(other, MadeBy)
+
+    def __hash__(self) -> int:
+        """The same for all marks."""
+        return hash(MadeBy)
+
+
+def _same_mark(aux_data: Any, children: Any) -> Any:
+    del children
+    return aux_data
+
+
+with contextlib.suppress(ValueError):  # The package is imported for a second time in this process.
+    export.register_pytree_node_serialization(
+        MadeBy,
+        serialized_name="optax_sam.MadeBy",
+        serialize_auxdata=lambda made_by: repr(dataclasses.astuple(made_by)).encode(),
+        deserialize_auxdata=lambda data: MadeBy(*ast.literal_eval(bytes(data).decode())),
+        from_children=_same_mark,
+    )
+
+
+@serializable
+class SAMGradients(NamedTuple):
+    """The gradients of one sharpness-aware step: what a variant's `update` takes.
+
+    These are two gradients, not one tree of params: `optax.tree.norm(grads)` and `jax.tree.map(clip, grads)`
+    act on both. Log `SAMMetrics`, or measure `grads.perturbed`. If a wrapper around the variant needs updates
+    with the structure of params (`optax.apply_if_finite`, `optax.masked`), pass `grads.perturbed` and
+    `clean_updates=grads.clean`.
+
+    Attributes:
+      clean: The gradient at params. A pytree with the structure and shapes of params.
+      perturbed: The gradient at the perturbed point, on the same batch. In a step without a second
+        gradient, the clean gradient again.
+      statistics: What else a variant measured while evaluating, averaged over shards and devices
+        (Bayesian SAM), or None.
+      made_by: Which variant evaluated them, so that `update` can refuse those of another.
+    """
+
+    clean: optax.Updates
+    perturbed: optax.Updates
+    statistics: Any = None
+    made_by: MadeBy = MadeBy()
+
+
+class Peers(NamedTuple):
+    """Who evaluates the same step on other examples.
+
+    Attributes:
+      axis: The device axis over which the batch is spread, or None.
+      local: Whether each device has a perturbation of its own, from its own part of the batch.
+      shard: The number of this shard on its device. shape=()
+      num_shards: How many shards a device has, each with a perturbation of its own.
+      shard_axis: The name of the axis over which all shards of a device run side by side; None where they
+        run one after the other.
+    """
+
+    axis: AxisName | None = None
+    local: bool = False
+    shard: Any = 0
+    num_shards: int = 1
+    shard_axis: str | None = None
+
+
+class Pass(NamedTuple):
+    """One evaluation of the loss and its gradient.
+
+    Attributes:
+      value: The loss. shape=()
+      gradient: Its gradient, a pytree like params.
+      aux: What else the loss returned.
+      cotangent: The derivative of the loss by the outputs of the network, if the loss is a `CompositeLoss`.
+      displacement: Norm of the distance between params and the point of evaluation; 0 if nobody asks for
+        it. shape=()
+    """
+
+    value: jax.Array
+    gradient: optax.Updates
+    aux: Any = None
+    cotangent: Any = None
+    displacement: Any = 0.0
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation rule returns; all but aux alike on all peers.
+
+    Attributes:
+      value: The loss of the first pass. shape=()
+      gradients: The pair.
+      aux: What else the loss returned in the first pass.
+      perturbed_value: The loss of the second pass; NaN if there was none and metrics are wanted. shape=()
+      displacement: Norm of the perturbation that was applied, averaged over peers. shape=()
+      moved: 0 if both gradients were taken at params themselves, on all peers; else greater. shape=()
+    """
+
+    value: jax.Array
+    gradients: SAMGradients
+    aux: Any
+    perturbed_value: jax.Array
+    displacement: jax.Array
+    moved: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class CompositeLoss:
+    r"""A loss that shows its two parts: the network, and the loss of its outputs.
+
+    .. math:: L(w) = \ell(f_w(x), y)
+
+    It is called as an ordinary loss, `loss(params, inputs, targets)`. Rules that need the derivative of the
+    loss by the outputs (Functional SAM) find it here, and so do the Gauss-Newton measures of
+    `optax_sam.sharpness`.
+
+    Attributes:
+      model_fn: `(params, inputs) -> outputs`, or with `has_aux` a pair `(outputs, aux)`.
+      output_loss: `(outputs, targets) -> loss`, a scalar.
+      has_aux: Whether `model_fn` returns a pair; the loss then returns `(loss, aux)`.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_sam
+      >>> loss = optax_sam.CompositeLoss(
+      ...     model_fn=lambda params, x: x @ params, output_loss=lambda z, y: jnp.mean((z - y) ** 2)
+      ... )
+      >>> print(loss(jnp.array([1.0, 2.0]), jnp.eye(2), jnp.zeros(2)))
+      2.5
+    """
+
+    model_fn: Callable[[Any, Any], Any]
+    output_loss: Callable[[Any, Any], Any]
+    has_aux: bool = False
+
+    def __call__(self, params: Any, inputs: Any, targets: Any) -> Any:
+        """The loss, or the pair `(loss, aux)`."""
+        outputs = self.model_fn(params, inputs)
+        if self.has_aux:
+            outputs, aux = outputs
+            return self.output_loss(outputs, targets), aux
+        return self.output_loss(outputs, targets)
+
+
+PassAt = Callable[[optax.Params, Any], Pass]
+"""`(params, cotangent) -> pass` on the batch at hand; cotangent is None, or that of another pass."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """The loss around params on the batch at hand: what an evaluation rule sees.
+
+    A rule calls `ascent` for a gradient that shapes the perturbation, `at` for the gradient at the perturbed
+    point, and `pair` for what it returns. It never sees batch, devices, shards or microbatches.
+
+    Attributes:
+      params: The params.
+      pass_at: The loss and its gradient at any params.
+      ascent_pass_at: The same for `ascent`, on fewer examples, in less precision or of another loss.
+      peers: Who evaluates the same step on other examples.
+      measures: Whether displacements are wanted, each of which costs a norm.
+      given: The clean pass, where it is known already.
+    """
+
+    params: optax.Params
+    pass_at: PassAt
+    ascent_pass_at: PassAt
+    peers: Peers
+    measures: bool = False
+    given: Pass | None = None
+
+    @property
+    def _shares_ascent(self) -> bool:
+        """Whether one perturbation serves all devices."""
+        return self.peers.axis is not None and not self.peers.local
+
+    def _average(self, tree: Any) -> Any:
+        """The average over devices. Of shards it is taken once, after the average over shards."""
+        if self.peers.axis is None or self.peers.num_shards > 1:
+            return tree
+        return jax.lax.pmean(tree, self.peers.axis)
+
+    def _evaluate(self, pass_at: PassAt, perturbation: Any, cotangent: Any = None) -> Pass:
+        point = self.params if perturbation is None else _tree.displace(self.params, perturbation)
+        displacement = jnp.zeros((), jnp.float32)
+        if perturbation is not None and self.measures:
+            displacement = _tree.displacement_norm(point, self.params).astype(jnp.float32)
+        return pass_at(point, cotangent)._replace(displacement=displacement)
+
+    def ascent(self, perturbation: optax.Updates | None = None) -> Pass:
+        """A gradient that shapes the perturbation, averaged over devices if they share the perturbation.
+
+        Args:
+          perturbation: What is added to params; None: nothing.
+
+        Returns:
+          The pass. With `ascent_examples`, `ascent_dtype` or `ascent_loss` it is the cheaper or other one.
+        """
+        if perturbation is None and self.given is not None:
+            return self.given
+        here = self._evaluate(self.ascent_pass_at, perturbation)
+        if not self._shares_ascent:
+            return here
+        value, gradient, displacement = self._average((here.value, here.gradient, here.displacement))
+        return here._replace(value=value, gradient=gradient, displacement=displacement)
+
+    def at(self, perturbation: optax.Updates | None = None, *, cotangent: Any = None) -> Pass:
+        """The gradient at the perturbed point, on this part of the batch.
+
+        Args:
+          perturbation: What is added to params; None: nothing.
+          cotangent: That of another pass, in place of the derivative of the loss at these outputs: the
+            network is linearized anew, the loss is not. Needs a `CompositeLoss`.
+
+        Returns:
+          The pass.
+        """
+        return self._evaluate(self.pass_at, perturbation, cotangent)
+
+    def pair(
+        self,
+        first: Pass,
+        second: Pass | Callable[[], Pass] | None,
+        *,
+        when: jax.Array | None = None,
+        statistics: Any = None,
+    ) -> Evaluation:
+        """The pair of gradients of the whole batch.
+
+        All that is not averaged over devices yet is averaged here, in one all-reduce.
+
+        Args:
+          first: A pass of `ascent`; its value and aux are reported.
+          second: A pass of `at`; or a function that makes it, to be called where `when` is true; or None:
+            one gradient stands for both.
+          when: Whether this step pays for the second pass; None: yes. Must be alike on all peers: a function
+            of the variant's state, or of what `mean` returned.
+          statistics: What else `descent` needs, measured in the first pass.
+
+        Returns:
+          What an evaluation rule returns.
+        """
+        if when is None or second is None:
+            evaluation = self._combine(first, second() if callable(second) else second, statistics)
+            return evaluation._replace(aux=first.aux)
+
+        def paid() -> Evaluation:
+            return self._combine(first, second() if callable(second) else second, statistics)
+
+        evaluation = _tree.cond_or_if(when, paid, lambda: self._combine(first, None, statistics))
+        if self._average_is_done:
+            # Keep the clean half out of the conditional, which would copy it.
+            gradients = evaluation.gradients._replace(clean=first.gradient, statistics=statistics)
+            evaluation = evaluation._replace(value=first.value, gradients=gradients)
+        return evaluation._replace(aux=first.aux)
+
+    @property
+    def _average_is_done(self) -> bool:
+        """Whether nothing of the first pass is left to be averaged in `pair`."""
+        return self.peers.axis is None or self.peers.num_shards > 1 or self._shares_ascent
+
+    def _combine(self, first: Pass, second: Pass | None, statistics: Any) -> Evaluation:
+        first = first._replace(aux=None, cotangent=None)
+        second = None if second is None else second._replace(aux=None, cotangent=None)
+        if self._average_is_done:
+            second = self._average(second)
+        else:
+            first, second, statistics = self._average((first, second, statistics))
+        if second is None:
+            # A copy, which costs a compiled program nothing: flax.nnx drops one of two fields that are the
+            # same object. The product with NaN keeps the mark of what differs between devices.
+            unknown = first.value * jnp.nan if self.measures else first.value
+            second = first._replace(gradient=jax.tree.map(jnp.copy, first.gradient), value=unknown)
+            moved = jnp.zeros_like(first.displacement)
+        else:
+            moved = first.displacement + second.displacement
+        evaluation = Evaluation(
+            value=first.value,
+            gradients=SAMGradients(first.gradient, second.gradient, statistics),
+            aux=None,
+            perturbed_value=second.value,
+            displacement=second.displacement,
+            moved=moved,
+        )
+        # What is not averaged here gets its mark: both branches of a conditional must carry the same.
+        return varying(evaluation, self.peers.axis) if self.peers.num_shards > 1 else evaluation
+
+    def mean(self, x: Any) -> jax.Array:
+        """The mean of a number over all peers: what a decision must be made of that all take alike.
+
+        A value that a gradient or a loss went into differs between shards and devices. Each would decide for
+        itself, and devices that wait for one another would hang.
+
+        Args:
+          x: A scalar. shape=()
+
+        Returns:
+          Its mean over shards and devices, in float32 or better.
+
+        Raises:
+          ValueError: If shards run one after the other, so that no decision can be made of all.
+        """
+        x = _tree.upcast(jnp.asarray(x))
+        if self.peers.num_shards > 1:
+            if self.peers.shard_axis is None:
+                msg = (
+                    "This variant decides by a gradient what to evaluate, and all shards must decide alike. "
+                    "Shards that run one after the other cannot: leave out `shard_mode`, or write "
+                    "`shard_mode='vmap'`, which runs all shards side by side."
+                )
+                raise ValueError(msg)
+            x = jax.lax.pmean(x, self.peers.shard_axis)
+        return x if self.peers.axis is None else jax.lax.pmean(x, self.peers.axis)
+
+    def random_key(self, key: jax.Array) -> jax.Array:
+        """The key of this peer: each shard, and each device with a perturbation of its own, has its own."""
+        number = self.peers.shard
+        if self.peers.axis is not None and self.peers.local:
+            number = jax.lax.axis_index(self.peers.axis) * self.peers.num_shards + number
+        return jax.random.fold_in(key, number)
+
+
+def varying(tree: Any, axis_name: AxisName | None) -> Any:
+    """Marks the leaves as differing between devices, where `jax.shard_map` asks for the mark.
+
+    Without the mark, differentiation inside `jax.shard_map` sums the gradient over the devices. An average
+    taken afterwards is then too large by their number.
+    """
+    if axis_name is None:
+        return tree
+
+    def mark(x: jax.Array) -> jax.Array:
+        for name in (axis_name,) if isinstance(axis_name, str) else axis_name:
+            try:
+                x = jax.lax.pcast(x, name, to="varying")
+            # Marked already; or inside `pmap` or `vmap`, which know no marks (a compiled `vmap` asserts it).
+            except (ValueError, AssertionError):
+                continue
+        return x
+
+    return jax.tree.map(mark, tree)
