@@ -1,6 +1,6 @@
 """The rules of the variants as one would write them for a single training script, to compare costs with.
 
-A rule is `(grad, params, memory, step, trace, norm) -> (output, direction, memory)`, where `grad(params)`
+A rule is `(grad, params, memory, step, trace) -> (output, direction, memory)`, where `grad(params)`
 gives `((value, aux), gradient)` and trace is the base optimizer's momentum. No options, no dtypes, and no
 guards but those of `hand_step`.
 """
@@ -16,20 +16,11 @@ import optax_sam
 
 RHO = 0.05
 Rule = Callable[..., tuple[Any, Any, Any]]
-Norm = Callable[[Any], jax.Array]
 
 
-def plain_norm(tree: Any) -> jax.Array:
-    """The global 2-norm, where squares neither overflow nor underflow."""
+def norm(tree: Any) -> jax.Array:
+    """The global 2-norm, without a guard."""
     return jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(tree)))
-
-
-def guarded_norm(tree: Any) -> jax.Array:
-    """The same of any finite entries: in units of the largest one."""
-    leaves = jax.tree.leaves(tree)
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in leaves]))
-    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
-    return unit * plain_norm([x / unit for x in leaves])
 
 
 def keep_finite(new: Any, old: Any) -> Any:
@@ -42,26 +33,26 @@ def dot(a: Any, b: Any) -> jax.Array:
     return sum(jnp.sum(x * y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-def climb(params: Any, gradient: Any, norm: Norm = plain_norm, rho: float = RHO) -> Any:
+def climb(params: Any, gradient: Any, rho: float = RHO) -> Any:
     """The perturbed point of SAM."""
     scale = rho / (norm(gradient) + 1e-12)
     return jax.tree.map(lambda w, g: w + scale * g, params, gradient)
 
 
-def plain(grad: Any, params: Any, memory: Any, step: Any, trace: Any, norm: Norm) -> Any:
+def plain(grad: Any, params: Any, memory: Any, step: Any, trace: Any) -> Any:
     """No SAM."""
-    del step, trace, norm
+    del step, trace
     return *grad(params), memory
 
 
-def sam(grad: Any, params: Any, memory: Any, step: Any, trace: Any, norm: Norm) -> Any:
+def sam(grad: Any, params: Any, memory: Any, step: Any, trace: Any) -> Any:
     """SAM."""
     del step, trace
     output, g = grad(params)
-    return output, grad(climb(params, g, norm))[1], memory
+    return output, grad(climb(params, g))[1], memory
 
 
-def asam(grad: Any, params: Any, memory: Any, step: Any, trace: Any, norm: Norm) -> Any:
+def asam(grad: Any, params: Any, memory: Any, step: Any, trace: Any) -> Any:
     """ASAM."""
     del step, trace
     output, g = grad(params)
@@ -71,27 +62,27 @@ def asam(grad: Any, params: Any, memory: Any, step: Any, trace: Any, norm: Norm)
     return output, grad(point)[1], memory
 
 
-def gsam(grad: Any, params: Any, memory: Any, step: Any, trace: Any, norm: Norm) -> Any:
+def gsam(grad: Any, params: Any, memory: Any, step: Any, trace: Any) -> Any:
     """GSAM with alpha = 0.4."""
     del step, trace
     output, g = grad(params)
-    p = grad(climb(params, g, norm))[1]
+    p = grad(climb(params, g))[1]
     along = dot(g, p) / dot(p, p)
     return output, jax.tree.map(lambda g, p: p - 0.4 * (g - along * p), g, p), memory
 
 
-def wsam(grad: Any, params: Any, memory: Any, step: Any, trace: Any, norm: Norm) -> Any:
+def wsam(grad: Any, params: Any, memory: Any, step: Any, trace: Any) -> Any:
     """WSAM with gamma = 0.9."""
     del step, trace
     output, g = grad(params)
-    return output, jax.tree.map(lambda g, p: g + 9 * (p - g), g, grad(climb(params, g, norm))[1]), memory
+    return output, jax.tree.map(lambda g, p: g + 9 * (p - g), g, grad(climb(params, g))[1]), memory
 
 
-def saner(grad: Any, params: Any, memory: Any, step: Any, trace: Any, norm: Norm) -> Any:
+def saner(grad: Any, params: Any, memory: Any, step: Any, trace: Any) -> Any:
     """SANER with half of what SAM shrinks."""
     del step, trace
     output, g = grad(params)
-    p = grad(climb(params, g, norm))[1]
+    p = grad(climb(params, g))[1]
     return (
         output,
         jax.tree.map(lambda g, p: jnp.where((p / g > 0) & (p / g < 1), 0.5 * p, p), g, p),
@@ -99,15 +90,15 @@ def saner(grad: Any, params: Any, memory: Any, step: Any, trace: Any, norm: Norm
     )
 
 
-def extragradient(grad: Any, params: Any, memory: Any, step: Any, trace: Any, norm: Norm) -> Any:
+def extragradient(grad: Any, params: Any, memory: Any, step: Any, trace: Any) -> Any:
     """The sum of the gradient here and the one ahead."""
-    del step, trace, norm
+    del step, trace
     output, g = grad(params)
     p = grad(jax.tree.map(lambda w, g: w - RHO * g, params, g))[1]
     return output, jax.tree.map(jnp.add, g, p), memory
 
 
-def hessian_sam(grad: Any, params: Any, memory: Any, step: Any, trace: Any, norm: Norm) -> Any:
+def hessian_sam(grad: Any, params: Any, memory: Any, step: Any, trace: Any) -> Any:
     """The gradient and a Hessian-vector product, in one pass of forward over reverse mode."""
     del step, trace
     output, g = grad(params)
@@ -117,13 +108,13 @@ def hessian_sam(grad: Any, params: Any, memory: Any, step: Any, trace: Any, norm
     return output, jax.tree.map(lambda g, h: g + RHO * h, g, product), memory
 
 
-def looksam(grad: Any, params: Any, memory: Any, step: Any, trace: Any, norm: Norm) -> Any:
+def looksam(grad: Any, params: Any, memory: Any, step: Any, trace: Any) -> Any:
     """LookSAM with k = 5 and alpha = 0.7."""
     del trace
     output, g = grad(params)
 
     def refresh() -> Any:
-        p = grad(climb(params, g, norm))[1]
+        p = grad(climb(params, g))[1]
         along = dot(g, p) / dot(g, g)
         return p, jax.tree.map(lambda g, p: p - along * g, g, p)
 
@@ -134,25 +125,25 @@ def looksam(grad: Any, params: Any, memory: Any, step: Any, trace: Any, norm: No
     return output, *jax.lax.cond(step % 5 == 0, refresh, reuse)
 
 
-def async_sam(grad: Any, params: Any, memory: Any, step: Any, trace: Any, norm: Norm) -> Any:
+def async_sam(grad: Any, params: Any, memory: Any, step: Any, trace: Any) -> Any:
     """AsyncSAM with a delay of one step."""
     del trace
     output, g = grad(params)
     along = jax.tree.map(lambda m, g: jnp.where(step == 0, g, m), memory, g)
-    return output, grad(climb(params, along, norm))[1], g
+    return output, grad(climb(params, along))[1], g
 
 
-def async_sam_perturbed(grad: Any, params: Any, memory: Any, step: Any, trace: Any, norm: Norm) -> Any:
+def async_sam_perturbed(grad: Any, params: Any, memory: Any, step: Any, trace: Any) -> Any:
     """The same in one gradient."""
     del step, trace
-    output, g = grad(climb(params, memory, norm))
+    output, g = grad(climb(params, memory))
     return output, g, g
 
 
-def msam(grad: Any, params: Any, memory: Any, step: Any, trace: Any, norm: Norm) -> Any:
+def msam(grad: Any, params: Any, memory: Any, step: Any, trace: Any) -> Any:
     """Momentum-SAM."""
     del step
-    return *grad(climb(params, trace, norm, -RHO)), memory
+    return *grad(climb(params, trace, -RHO)), memory
 
 
 # Name: the rule by hand, whether it needs a memory, and the library's.
@@ -176,16 +167,14 @@ RULES: dict[str, tuple[Rule, bool, Any]] = {
 def hand_step(loss: Any, rule: Rule, guarded: bool = False) -> Any:
     """A training step of a rule: `(params, state, stats, batch) -> (params, state, stats, value)`.
 
-    Guarded, it keeps two promises that the library makes: no finite gradient is too large or too small for
-    its norm, and what a rule remembers stays finite. Inner products stay as they are.
+    Guarded, it keeps a promise that the library makes: what a rule remembers stays finite.
     """
 
     def step(params: Any, state: Any, stats: Any, batch: Any) -> Any:
         base, memory, number = state
         grad = jax.value_and_grad(loss, has_aux=True)
-        norm = guarded_norm if guarded else plain_norm
         (value, stats), direction, new = rule(
-            lambda w: grad(w, stats, batch), params, memory, number, base[0].trace, norm
+            lambda w: grad(w, stats, batch), params, memory, number, base[0].trace
         )
         updates, new_base = BASE.update(direction, base, params)
         if guarded:

@@ -341,12 +341,12 @@ class Loss:
           x: A scalar. shape=()
 
         Returns:
-          Its mean over shards and devices, in float32 or better.
+          Its mean over shards and devices, in float32 or better. It is not differentiated.
 
         Raises:
           ValueError: If shards run one after the other, so that no decision can be made of all.
         """
-        x = _tree.upcast(jnp.asarray(x))
+        x = jax.lax.stop_gradient(_tree.upcast(jnp.asarray(x)))
         if self.peers.num_shards > 1:
             if self.peers.shard_axis is None:
                 msg = (
@@ -355,7 +355,7 @@ class Loss:
                     "`shard_mode='vmap'`, which runs all shards side by side."
                 )
                 raise ValueError(msg)
-            x = jax.lax.pmean(x, self.peers.shard_axis)
+            x = _mean_over_shards(x)
         return x if self.peers.axis is None else jax.lax.pmean(x, self.peers.axis)
 
     def random_key(self, key: jax.Array) -> jax.Array:
@@ -364,6 +364,21 @@ class Loss:
         if self.peers.axis is not None and self.peers.local:
             number = jax.lax.axis_index(self.peers.axis) * self.peers.num_shards + number
         return jax.random.fold_in(key, number)
+
+
+@jax.custom_batching.custom_vmap
+def _mean_over_shards(x: jax.Array) -> jax.Array:
+    """The mean over the `vmap` in which shards run.
+
+    Not `jax.lax.pmean`: inside a `jax.shard_map` that checks marks, JAX knows no axis of a `vmap`.
+    """
+    return x
+
+
+@_mean_over_shards.def_vmap
+def _(axis_size: int, is_batched: list[bool], x: jax.Array) -> tuple[jax.Array, bool]:
+    del axis_size
+    return jnp.mean(x, axis=0) if is_batched[0] else x, False
 
 
 def varying(tree: Any, axis_name: AxisName | None) -> Any:

@@ -126,14 +126,14 @@ def cosine(a: Any, b: Any) -> jax.Array:
 def reject(tree: Any, onto: Any) -> Any:
     r"""The part of `tree` orthogonal to `onto`: :math:`a - \frac{\langle a, b \rangle}{\|b\|^2} b`.
 
-    Zero where `onto` is zero or a sum is not finite. Computed from :math:`a - b`, which has the same
-    orthogonal part, so that two equal trees give exactly zero.
+    Computed from :math:`a - b`, which has the same orthogonal part. Two equal trees therefore give exactly
+    zero, also where a sum of squares leaves the range of floats.
     """
     difference = jax.tree.map(jnp.subtract, upcast(tree), upcast(onto))
     squares, product = squared_norm(onto), dot(difference, onto)
     usable = (squares > 0.0) & jnp.isfinite(squares) & jnp.isfinite(product)
     share = jnp.where(usable, product, 0.0) / jnp.where(usable, squares, 1.0)
-    return jax.tree.map(lambda d, b: jnp.where(usable, d - share * b, jnp.zeros_like(d)), difference, onto)
+    return jax.tree.map(lambda d, b: d - share * b, difference, onto)
 
 
 def into_ball(tree: Any, length: jax.Array, radius: Any) -> Any:

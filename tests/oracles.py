@@ -154,8 +154,9 @@ def looksam(grad: Any, w: Any, t: int, memory: Any, *, rho: float, k: int, alpha
     if t % k == 0:
         g_p = grad(w + rho * unit(g))
         kept = [g_p[i] - (g_p[i] @ g[i]) / (g[i] @ g[i]) * g[i] for i in parts]
-        return g_p, np.concatenate(kept)
-    reused = [alpha * np.linalg.norm(g[i]) / (np.linalg.norm(memory[i]) + 1e-8) * memory[i] for i in parts]
+        return g_p, np.concatenate([*kept, [np.linalg.norm(v) for v in kept]])
+    g_v = memory[:SIZE]  # After which its norms are kept.
+    reused = [alpha * np.linalg.norm(g[i]) / (np.linalg.norm(g_v[i]) + 1e-8) * g_v[i] for i in parts]
     return g + np.concatenate(reused), memory
 
 

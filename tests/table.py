@@ -24,6 +24,8 @@ class Row:
     evaluations: tuple[int, ...] = (2,)
     # What is remembered, in copies of params.
     memory_copies: int = 0
+    # What is remembered besides, in scalars.
+    memory_scalars: int = 0
     # Whether rho = 0 gives the base optimizer, or in place of it what.
     base_at_zero: bool = True
     # Arguments that `optax.inject_hyperparams` must leave alone: they decide the shape of the program.
@@ -34,6 +36,8 @@ class Row:
     algebra: int = 25
     # Whether the direction scales with the loss.
     scale_invariant: bool = True
+    # Whether the perturbation divides by a norm of this step's gradient.
+    divides_by_norm: bool = True
     # Whether the first pass is at params, and not at a random point nearby.
     clean_at_params: bool = True
 
@@ -65,6 +69,7 @@ ROWS = (
         "sam_inf",
         optax_sam.sam,
         kwargs={"rho": 0.01, "ascent": _ASCENT.normalized(jnp.inf)},
+        divides_by_norm=False,
         static_args=("ascent",),
     ),
     _row(
@@ -93,6 +98,7 @@ ROWS = (
         "usam",
         optax_sam.sam,
         kwargs={"rho": 0.01, "ascent": _ASCENT.unnormalized()},
+        divides_by_norm=False,
         static_args=("ascent",),
         scale_invariant=False,
     ),
@@ -130,6 +136,7 @@ ROWS = (
         whole_optimizer=True,
         memory_copies=2,
         base_at_zero=False,
+        divides_by_norm=False,
         static_args=("key",),
         scale_invariant=False,
         clean_at_params=False,
@@ -141,6 +148,7 @@ ROWS = (
         kwargs={"rho": 0.1, "k": 4},
         evaluations=(2, 1, 1, 1),
         memory_copies=1,
+        memory_scalars=1,
     ),
     _row(
         "looksam_per_leaf",
@@ -149,6 +157,8 @@ ROWS = (
         kwargs={"rho": 0.1, "k": 2, "per_leaf": True},
         evaluations=(2, 1),
         memory_copies=1,
+        memory_scalars=3,
+        divides_by_norm=False,  # Leaf by leaf, in its correction.
     ),
     _row(
         "friendly_sam",
@@ -157,10 +167,11 @@ ROWS = (
         memory_copies=1,
     ),
     _row("vasso", optax_sam.vasso, kwargs={"rho": 0.1, "theta": 0.4}, memory_copies=1),
-    _row("async_sam", optax_sam.async_sam, kwargs={"rho": 0.1}, memory_copies=1),
+    _row("async_sam", optax_sam.async_sam, kwargs={"rho": 0.1}, divides_by_norm=False, memory_copies=1),
     _row(
         "async_sam_perturbed",
         optax_sam.async_sam,
+        divides_by_norm=False,
         kwargs={"rho": 0.1, "reuse": "perturbed"},
         evaluations=(1,),
         memory_copies=1,
@@ -168,6 +179,7 @@ ROWS = (
     _row(
         "msam",
         optax_sam.msam,
+        divides_by_norm=False,
         kwargs={"base_optimizer": optax.sgd(0.01, momentum=0.9), "rho": 0.1},
         whole_optimizer=True,
         evaluations=(1,),
@@ -200,6 +212,7 @@ ROWS = (
         kwargs={"step_size": 0.01},
         base_at_zero=False,
         radius="step_size",
+        divides_by_norm=False,
         scale_invariant=False,
     ),
     _row(
@@ -207,6 +220,7 @@ ROWS = (
         optax_sam.extragradient,
         kwargs={"step_size": 0.01, "weights": (0.0, 1.0)},
         radius="step_size",
+        divides_by_norm=False,
         scale_invariant=False,
     ),
 )

@@ -162,7 +162,8 @@ def test_memory(row: Row) -> None:
     params = table.params()
     state = row.make().init(params)
     size = sum(x.size for x in jax.tree.leaves(params))
-    assert sum(x.size for x in jax.tree.leaves(state.memory)) == row.memory_copies * size
+    held = sum(x.size for x in jax.tree.leaves(state.memory))
+    assert held == row.memory_copies * size + row.memory_scalars
     assert state.step.dtype == jnp.int32
     assert state.rho.dtype == jnp.float32
 
@@ -192,7 +193,10 @@ def test_bad_gradient_spoils_one_step_only(row: Row, bad: float) -> None:
     chex.assert_tree_all_finite(after)
     bad_entries = ~jnp.isfinite(ravel_pytree(grads.perturbed)[0])
     old, new = (
-        ravel_pytree(s.memory)[0].reshape(row.memory_copies, bad_entries.size) for s in (state, after)
+        ravel_pytree(s.memory)[0][: row.memory_copies * bad_entries.size].reshape(
+            row.memory_copies, bad_entries.size
+        )
+        for s in (state, after)
     )
     np.testing.assert_array_equal(old[:, bad_entries], new[:, bad_entries])
     _, grads = value_and_grad(params, table.batch(seed=3), state=after)
@@ -334,7 +338,9 @@ def test_map_params(row: Row) -> None:
     found = optax.tree.get(marked, "SAMState")
     assert found.step == 0
     chex.assert_trees_all_equal(found.rho, optax.tree.get(state, "SAMState").rho)
-    assert all(bool(jnp.all(x == 7.0)) for x in jax.tree.leaves(found.memory))
+    reached = [bool(jnp.all(x == 7.0)) for x in jax.tree.leaves(found.memory)]
+    assert sum(reached) >= row.memory_copies * len(jax.tree.leaves(table.params()))
+    assert all(reached) or row.memory_scalars
 
 
 @every_row
@@ -390,7 +396,7 @@ def test_radius_of_a_schedule(row: Row) -> None:
 
 @every_row
 def test_radius_changed_at_run_time(row: Row) -> None:
-    """`optax.tree.set` changes a constant radius for good, whatever it is set to; arrays without a new trace."""
+    """`optax.tree.set` changes a constant radius for good, whatever it is set to."""
     variant, tx = row.optimizer()
     value_and_grad = optax_sam.sam_value_and_grad(table.loss, variant, return_metrics=True)
 

@@ -119,15 +119,16 @@ def test_flops_are_those_of_the_evaluations(row: table.Row) -> None:
 
 @pytest.mark.parametrize("rule", ["sam", "asam", "gsam", "wsam", "saner", "extragradient", "async_sam"])
 def test_two_gradients_of_a_small_batch(rule: str) -> None:
-    program = library(by_hand.RULES[rule][2], "mlp of 128")
-    assert 1.99 <= gradients(program, "mlp of 128") <= 2.02
+    """To a hundredth those of the rule by hand, although arithmetic on params shows at such a batch."""
+    name = "mlp of 128"
+    program = library(by_hand.RULES[rule][2], name)
+    assert 1.99 <= gradients(program, name) <= 1.01 * gradients(hand(rule, name), name)
 
 
 @pytest.mark.parametrize("rule", [rule for rule in by_hand.RULES if rule not in ("sgd", "sam")])
 def test_memory_is_that_of_the_handwritten_rule(rule: str) -> None:
     """But for partial sums, and in two rules for less than a copy of the params."""
-    extra = 4 * problem().size if rule in ("gsam", "looksam") else 4096
-    assert temporary_bytes(library(by_hand.RULES[rule][2])) <= temporary_bytes(hand(rule)) + extra
+    assert temporary_bytes(library(by_hand.RULES[rule][2])) <= 1.01 * temporary_bytes(hand(rule))
 
 
 @pytest.mark.parametrize("rule", [rule for rule in by_hand.RULES if rule != "sgd"])

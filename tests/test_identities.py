@@ -526,10 +526,9 @@ def test_the_rejected_part_is_orthogonal(drawn, exponent):
 
 @pytest.mark.parametrize("exponent", [-100.0, -75.0, 64.5, 100.0])
 def test_nothing_is_corrected_where_sums_of_squares_leave_the_range(exponent):
-    """Of float32: a projection is zero there, and a direction is the gradient that it was made of."""
+    """Of float32: a direction is there the gradient that it was made of."""
     rng = np.random.default_rng(0)
-    a, b = (jnp.asarray(rng.normal(size=5) * 2.0**exponent, jnp.float32) for _ in range(2))
-    np.testing.assert_array_equal(REJECT([a], [b])[0], np.zeros(5))
+    a = jnp.asarray(rng.normal(size=5) * 2.0**exponent, jnp.float32)
     for variant in (optax_sam.gsam(0.1), optax_sam.looksam(0.1, k=2)):
         state = variant.init(a)._replace(step=jnp.asarray(1, jnp.int32))
         direction, _ = variant.update(optax_sam.SAMGradients(a, a), state, a)

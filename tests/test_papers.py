@@ -78,15 +78,9 @@ def test_the_trajectory_is_the_papers(row):
         rule, whole_optimizer=row.whole_optimizer
     )
     np.testing.assert_allclose(points, expected, rtol=1e-10, atol=1e-11)
-    copies = 0 if expected_memories[0] is None else expected_memories[0].size // oracles.SIZE
-    assert copies == row.memory_copies
-    assert memories.shape[1] == copies * oracles.SIZE
-    if row.constructor is optax_sam.looksam:  # Which divides by the norm once, and not when it is used.
-        parts = rule.keywords["parts"]
-        expected_memories = [
-            np.concatenate([m[i] / (np.linalg.norm(m[i]) + 1e-8) for i in parts]) for m in expected_memories
-        ]
-    if copies:
+    size = row.memory_copies * oracles.SIZE + row.memory_scalars
+    assert memories.shape[1] == size == (0 if expected_memories[0] is None else expected_memories[0].size)
+    if size:
         np.testing.assert_allclose(memories, np.array(expected_memories), rtol=1e-10, atol=1e-11)
     # The loss that is reported is that of the first evaluation: the clean one, where there are two.
     np.testing.assert_allclose(values, expected_values, rtol=1e-10)

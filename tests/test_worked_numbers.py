@@ -486,10 +486,10 @@ def test_e10_looksam(store):
         close((before - after) / 0.05, u)
         close(after, w)
         before = after
-    (first,), (kept,), (second,), _ = (memory for _, memory, *_ in records)
-    # What is kept of it is divided by its norm already.
+    (first, first_length), (kept, _), (second, second_length), _ = (memory for _, memory, *_ in records)
     g_v = np.array([[0.00886666803157, -0.0886666803157], [0.0333204902252, -0.168246348651]])
-    close([first, second], g_v / (np.linalg.norm(g_v, axis=1, keepdims=True) + 1e-8))
+    close([first, second], g_v)
+    close([first_length[0], second_length[0]], np.linalg.norm(g_v, axis=1))
     np.testing.assert_array_equal(kept, first)
     *_, reused = records[1]
     close(flat(reused.clean), (-0.0995037190210, 5.79800992562))

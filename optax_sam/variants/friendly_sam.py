@@ -62,7 +62,7 @@ def friendly_sam(
       >>> tx = optax.chain(variant, optax.sgd(0.05))
       >>> params = jnp.array([1.0, 1.0])
       >>> state = tx.init(params)
-      >>> for _ in range(2):  # The gradients are (10, 1) and (4.50, 0.95): the second ascent is (-0.50, 0.45).
+      >>> for _ in range(2):  # The gradients are (10, 1) and (4.50, 0.95), the second d is (-0.50, 0.45).
       ...     _, grads = optax_sam.sam_value_and_grad(loss, variant)(params, state=state)
       ...     print([f"{p - c:.3f}" for p, c in zip(grads.perturbed, grads.clean)])
       ...     updates, state = tx.update(grads, state, params)
@@ -71,8 +71,8 @@ def friendly_sam(
       ['-0.742', '0.067']
 
     References:
-      Li et al., `Friendly Sharpness-Aware Minimization <https://arxiv.org/abs/2403.12350>`_, CVPR 2024, in the
-      order of the authors' code: the average of the steps before, and the gradient as it is in the average.
+      Li et al., `Friendly Sharpness-Aware Minimization <https://arxiv.org/abs/2403.12350>`_, CVPR 2024, in
+      the order of the authors' code: d takes the average of the steps before.
     """
     _checks.number("sigma", sigma, low=0.0)
     _checks.number("decay", decay, low=0.0, high=1.0, below=True)

@@ -1,6 +1,5 @@
 """LookSAM: sharpness-aware minimization every k-th step (Liu, Mai, Chen, Hsieh, You, CVPR 2022)."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,12 +18,14 @@ class LookSAMMemory(NamedTuple):
     """What LookSAM remembers.
 
     Attributes:
-      direction: The part of the last perturbed gradient that was orthogonal to the clean one, divided by
-        its norm plus eps; zero where it was no more than rounding. A pytree like params, in float32 or
-        better.
+      orthogonal: The part g_v of the last perturbed gradient that was orthogonal to the clean one. A pytree
+        like params, in float32 or better.
+      length: Its norm, or 0 if it was no more than rounding and nothing is reused. shape=(); with `per_leaf`
+        a pytree like params of such scalars.
     """
 
-    direction: optax.Updates
+    orthogonal: optax.Updates
+    length: Any
 
 
 @constructor
@@ -96,33 +97,31 @@ def looksam(
     def by_part(function: Any, *trees: Any) -> Any:
         return jax.tree.map(function, *trees) if per_leaf else function(*trees)
 
-    def orthogonal_unit(clean: Any, perturbed: Any, length: jax.Array, noise: float) -> Any:
-        """g_v over its norm, or zero if it is no more than the rounding of two equal gradients."""
-        rest = _tree.reject(perturbed, clean)
-        size = _tree.norm(rest)
-        factor = jnp.where(size <= noise * length, 0.0, 1.0 / (size + eps))
-        return jax.tree.map(lambda r: factor * r, rest)
-
     def descent(gradients: SAMGradients, state: SAMState, params: optax.Params) -> tuple[optax.Updates, Any]:
-        old, due = state.memory.direction, is_due(state)
+        clean, perturbed = gradients.clean, gradients.perturbed
         noise = 4 * rounding(gradients, params)
-        lengths = by_part(_tree.norm, gradients.clean)
+        sizes = by_part(_tree.norm, clean)
+        orthogonal = by_part(_tree.reject, perturbed, clean)
 
-        def refresh() -> optax.Updates:
-            orthogonal = functools.partial(orthogonal_unit, noise=noise)
-            return _tree.keep_finite(by_part(orthogonal, gradients.clean, gradients.perturbed, lengths), old)
+        def length_of(part: Any, size: jax.Array) -> jax.Array:
+            length = _tree.norm(part)
+            return jnp.where(length <= noise * size, 0.0, length)
 
-        # Use the result of the conditional, not `old`, so that XLA can update in place.
-        memory = _tree.cond_or_if(due, refresh, lambda: old)
+        # A gradient that is not finite leaves the memory as it was.
+        fresh = is_due(state) & jnp.isfinite(_tree.norm(orthogonal))
+        new = LookSAMMemory(orthogonal, by_part(length_of, orthogonal, sizes))
+        memory = _tree.cast_like(_tree.select(fresh, new, state.memory), state.memory)
 
-        def correct(gradient: Any, unit: Any, length: jax.Array) -> Any:
-            weight = jnp.where(due | ~jnp.isfinite(length), 0.0, alpha * length)
-            return jax.tree.map(lambda g, d: g + weight * d, gradient, unit)
+        def correct(gradient: Any, part: Any, length: jax.Array, size: jax.Array) -> Any:
+            reuses = ~is_due(state) & (length > 0.0) & jnp.isfinite(size)
+            weight = jnp.where(reuses, alpha * size / (jnp.where(reuses, length, 1.0) + eps), 0.0)
+            return jax.tree.map(lambda g, v: g + weight * v, gradient, part)
 
         # In a step that reuses the memory the perturbed gradient is the clean one.
-        return by_part(correct, gradients.perturbed, memory, lengths), LookSAMMemory(memory)
+        return by_part(correct, perturbed, *state.memory, sizes), memory
 
     def init_memory(params: optax.Params) -> LookSAMMemory:
-        return LookSAMMemory(_tree.zeros_like(params))
+        zeros = _tree.zeros_like(params)
+        return LookSAMMemory(zeros, by_part(_tree.norm, zeros))
 
     return sharpness_aware(rho, ascent, descent, init_memory, when=is_due, guards_memory=True)

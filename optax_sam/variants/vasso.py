@@ -64,8 +64,8 @@ def vasso(
 
     References:
       Li and Giannakis, `Enhancing Sharpness-Aware Optimization Through Variance Suppression
-      <https://arxiv.org/abs/2309.15639>`_, NeurIPS 2023, as published; theta 0.9 is of the authors' code, where
-      eps is 1e-7.
+      <https://arxiv.org/abs/2309.15639>`_, NeurIPS 2023, as published; theta 0.9 is the default of the
+      authors' code, whose eps is 1e-7.
     """
     _checks.number("theta", theta, low=0.0, high=1.0, above=True)
     rule = ascents.resolve(ascent)
