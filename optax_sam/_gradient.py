@@ -89,8 +89,7 @@ def gradient_at(fun: Callable[..., Any], call: Call) -> GradientAt:
         return Pass(value, unscaled(gradient), aux, derivative, None)
 
     def ordinary(params: optax.Params, batch: Sequence[Any], cotangent: Any) -> Pass:
-        if cotangent is not None:
-            _refuse_cotangent()
+        del cotangent  # An ordinary loss has none.
 
         def loss(params: optax.Params) -> tuple[jax.Array, Any]:
             output: Any = fun(*call.filled(params, batch), **call.kwargs)
@@ -103,14 +102,6 @@ def gradient_at(fun: Callable[..., Any], call: Call) -> GradientAt:
         return Pass(value, unscaled(gradient), aux, None, None)
 
     return composite if isinstance(fun, CompositeLoss) else ordinary
-
-
-def _refuse_cotangent() -> None:
-    msg = (
-        "This variant needs to see the outputs of the network: write the loss as "
-        "`optax_sam.CompositeLoss(model_fn, output_loss)`."
-    )
-    raise TypeError(msg)
 
 
 # Tracing the user's loss once.

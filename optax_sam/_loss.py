@@ -69,8 +69,26 @@ with contextlib.suppress(ValueError):  # The package is imported for a second ti
     )
 
 
+class _Pair(NamedTuple):
+    clean: optax.Updates
+    perturbed: optax.Updates
+    statistics: Any = None
+    made_by: MadeBy = MadeBy()
+
+
+class _NamesTheDoors(type):
+    """Says what to do wherever JAX prints the type of a pair, where a wrapper wanted a tree like params."""
+
+    def __repr__(cls) -> str:
+        """The type, and what to pass in place of one."""
+        return (
+            f"<class 'optax_sam.{cls.__name__}'> (two gradients: put the wrapper after the variant, or pass "
+            "it `grads.perturbed` and `clean_updates=grads.clean`)"
+        )
+
+
 @serializable
-class SAMGradients(NamedTuple):
+class SAMGradients(_Pair, metaclass=_NamesTheDoors):
     """The gradients of one sharpness-aware step: what a variant's `update` takes.
 
     These are two gradients, not one tree of params: `optax.tree.norm(grads)` and `jax.tree.map(clip, grads)`
@@ -87,10 +105,7 @@ class SAMGradients(NamedTuple):
       made_by: Which variant evaluated them, so that `update` can refuse those of another.
     """
 
-    clean: optax.Updates
-    perturbed: optax.Updates
-    statistics: Any = None
-    made_by: MadeBy = MadeBy()
+    __slots__ = ()
 
 
 class Peers(NamedTuple):
@@ -250,18 +265,29 @@ class Loss:
         value, gradient, displacement = self._average((here.value, here.gradient, here.displacement))
         return here._replace(value=value, gradient=gradient, displacement=displacement)
 
-    def at(self, perturbation: optax.Updates | None = None, *, cotangent: Any = None) -> Pass:
+    def at(self, perturbation: optax.Updates | None = None, *, cotangent_of: Pass | None = None) -> Pass:
         """The gradient at the perturbed point, on this part of the batch.
 
         Args:
           perturbation: What is added to params; None: nothing.
-          cotangent: That of another pass, in place of the derivative of the loss at these outputs: the
-            network is linearized anew, the loss is not. Needs a `CompositeLoss`.
+          cotangent_of: Another pass, whose derivative of the loss by the outputs is taken in place of the one
+            here: the network is linearized anew, the loss is not.
 
         Returns:
           The pass.
+
+        Raises:
+          TypeError: If `cotangent_of` is given and the loss is no `CompositeLoss`.
         """
-        return self._evaluate(self.pass_at, perturbation, cotangent)
+        if cotangent_of is None:
+            return self._evaluate(self.pass_at, perturbation)
+        if cotangent_of.cotangent is None:
+            msg = (
+                "This variant needs to see the outputs of the network: write the loss as "
+                "`optax_sam.CompositeLoss(model_fn, output_loss)`."
+            )
+            raise TypeError(msg)
+        return self._evaluate(self.pass_at, perturbation, cotangent_of.cotangent)
 
     def pair(
         self,

@@ -1,5 +1,6 @@
 """An evaluation rule on each shard of the batch, and the average: a perturbation for each shard."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,29 @@ def _zeros(like: Any) -> jax.Array:
 def _sum_dtype(like: Any) -> Any:
     """That of a sum over shards: of float16, whose range it might leave, float32."""
     return jnp.float32 if like.dtype == jnp.float16 else like.dtype
+
+
+def _explicit_mesh(batch: Sequence[Any], num_shards: int, together: int) -> Any:
+    """The mesh over which the types of the batch say that it is spread, or None.
+
+    A `vmap` over such an array needs its mesh, which is set nowhere if no `jax.set_mesh` stands around.
+    """
+    for leaf in jax.tree.leaves(batch):
+        sharding: Any = jax.typeof(leaf).sharding
+        axes = sharding.spec[0] if sharding.spec else None
+        if axes is None:
+            continue
+        names = axes if isinstance(axes, tuple) else (axes,)
+        devices = int(np.prod([sharding.mesh.shape[name] for name in names]))
+        if together % devices:
+            msg = (
+                f"The batch is spread over {devices} devices, and of its {num_shards} shards {together} run at "
+                f"once: that must be a multiple of {devices}. Write `shard_mode='vmap'`, or an integer up to "
+                f"`num_shards / {devices}` rounds."
+            )
+            raise ValueError(msg)
+        return None if jax.sharding.get_abstract_mesh().shape_tuple else sharding.mesh
+    return None
 
 
 def evaluate_shards(
@@ -52,6 +76,7 @@ def evaluate_shards(
         msg = f"`num_shards={num_shards}` does not divide the batch of {total} examples."
         raise ValueError(msg)
     together = num_shards // rounds
+    mesh = _explicit_mesh(batch, num_shards, together)
     own = Peers(peers.axis, True, 0, num_shards, SHARD_AXIS if rounds == 1 else None)
 
     def cut(x: Any) -> jax.Array:
@@ -78,7 +103,8 @@ def evaluate_shards(
         )
         if together == 1:
             return one(jax.tree.map(lambda x: x[0], of_round))
-        return jax.vmap(one, axis_name=SHARD_AXIS)(of_round)
+        with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh):
+            return jax.vmap(one, axis_name=SHARD_AXIS)(of_round)
 
     if rounds == 1:
         sums = like = one_round(0)

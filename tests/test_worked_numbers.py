@@ -471,6 +471,28 @@ def test_e9_bsam(monkeypatch, store, update_precision_first):
         close(precision, (1.0107769225493002, 1.0001279449473872))
 
 
+def test_e15_friendly_sam(store):
+    """Of the authors' code, executed."""
+    variant = optax_sam.friendly_sam(0.1)
+    tx = optax.chain(variant, optax.sgd(0.05))
+    records = walk(jax.jit(step_of(variant, tx)), tx, store(W0), (L1, L2, L1))
+    close(records[1][1][0], (8.99004962810, 1.47980099256))
+    close(flat(records[1][-1].perturbed), (-0.280154050463, 5.96965441577))
+    close(flat(records[2][-1].perturbed), (3.66024843482, 0.632293556215))
+    close(records[2][0], (0.2812434212714606, 0.6194050828055222))
+
+
+def test_e16_vasso(store):
+    """Of the authors' code, executed."""
+    variant = optax_sam.vasso(0.1, theta=0.4, ascent=optax_sam.ascent.normalized(eps=1e-7))
+    tx = optax.chain(variant, optax.sgd(0.05))
+    records = walk(jax.jit(step_of(variant, tx)), tx, store(W0), (L1, L2, L1))
+    close(records[1][1][0], (5.96019851279, 2.91920397026))
+    close(flat(records[1][-1].perturbed), (0.0801097367013, 5.97395316278))
+    close(flat(records[2][-1].perturbed), (5.39867324817, 0.685939146847))
+    close(records[2][0], (0.17630899174110284, 0.6165078659285593))
+
+
 def test_e10_looksam(store):
     looksam = optax_sam.looksam(0.1, k=2, alpha=0.7)
     tx = optax.chain(looksam, optax.sgd(0.05))
