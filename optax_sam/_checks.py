@@ -124,17 +124,10 @@ def params(tree: Any) -> None:
 def same_shapes(name: str, tree: Any, params: Any, *, updates: bool = False) -> None:
     """Refuses a tree whose structure or shapes are not those of params; for updates it says what helps."""
     if jax.tree.structure(tree) != jax.tree.structure(params):
-        masks = any("MaskedNode" in str(jax.tree.structure(x)) for x in (tree, params))
-        advice = (
-            "A mask around the variant hides some params from it. Tell the mask about the second gradient, "
-            "`optax.masked(tx, mask, mask_compatible_extra_args=True)` (`optax.partition` takes the same "
-            "argument), or put the mask after the variant."
-            if masks
-            else "What changes the structure of updates, as `optax.flatten` does, comes after the variant."
-        )
+        advice = "\nWhat changes the structure of updates, as `optax.flatten` does, comes after the variant."
         msg = (
             f"{name} must have the structure of params, got\n  {jax.tree.structure(tree)}\n"
-            f"where params have\n  {jax.tree.structure(params)}." + (f"\n{advice}" if updates else "")
+            f"where params have\n  {jax.tree.structure(params)}." + (advice if updates else "")
         )
         raise ValueError(msg)
     leaves = jax.tree_util.tree_leaves_with_path(tree)

@@ -38,22 +38,40 @@ def _is_variant_state(x: Any) -> bool:
     return isinstance(x, SAMState)
 
 
-def _holds_variant(state: Any) -> bool:
+def _is_variant_state_as_dict(x: Any) -> bool:
+    return isinstance(x, Mapping) and set(SAMState._fields) == set(cast("Mapping[Any, Any]", x))
+
+
+def holds_variant(state: Any) -> bool:
+    """Whether the state of a variant is in the state of an optimizer."""
     return bool(_nodes(state, _is_variant_state))
 
 
-def find_state(state: optax.OptState) -> SAMState:
+def find_state(state: optax.OptState, optimizer: str = "") -> SAMState:
     """The one state of a variant in the state of an optimizer.
+
+    Args:
+      state: The state of the optimizer.
+      optimizer: The name of the variant, if it is a whole optimizer.
 
     Raises:
       ValueError: If there is none or there are several, or if a wrapper would silently break the variant.
     """
     found = _nodes(state, _is_variant_state)
+    if not found and _nodes(state, _is_variant_state_as_dict):
+        msg = (
+            f"`state` is a {type(state).__name__} in which the variant's state has become a dict, as in a "
+            "checkpoint that was restored without a target. Restore it with a target, such as "
+            "`checkpointer.restore(path, tx.init(params))`."
+        )
+        raise ValueError(msg)
     if not found:
         msg = (
             "`state` holds no state of a sharpness-aware variant. Pass the whole optimizer state of a chain "
             "that contains the variant, as in `tx = optax.chain(variant, optax.sgd(0.1))`, "
-            f"`opt_state = tx.init(params)`, `state=opt_state`. Got a {type(state).__name__}."
+            f"`opt_state = tx.init(params)`, `state=opt_state`. Got a {type(state).__name__}. If it is the "
+            "state of a run without the variant, that of `optax.chain(variant, tx)` is "
+            "`(variant.init(params), opt_state)`."
         )
         raise ValueError(msg)
     if len(found) > 1:
@@ -63,7 +81,7 @@ def find_state(state: optax.OptState) -> SAMState:
             "`ascent=optax_sam.ascent.masked(...)`."
         )
         raise ValueError(msg)
-    refuse_wrappers(state)
+    refuse_wrappers(state, optimizer)
     return found[0]
 
 
@@ -86,7 +104,7 @@ def injected_arguments(state: optax.OptState, rho_name: str) -> dict[str, Any]:
         """Looks at one node of the state; false, so that the search goes on into it."""
         # Params may have an attribute of that name too, and Adam's state holds copies of params.
         hyperparams: Any = getattr(node, "hyperparams", None)
-        if not isinstance(hyperparams, Mapping) or not _holds_variant(getattr(node, "inner_state", ())):
+        if not isinstance(hyperparams, Mapping) or not holds_variant(getattr(node, "inner_state", ())):
             return False
         if rho_name in getattr(node, "hyperparams_states", ()):
             msg = (
@@ -107,42 +125,90 @@ def injected_arguments(state: optax.OptState, rho_name: str) -> dict[str, Any]:
     return found
 
 
-def refuse_wrappers(state: Any) -> None:
-    """Raises where a wrapper would silently break the variant, as far as the state shows it."""
+def refuse_wrappers(state: Any, optimizer: str = "") -> None:
+    """Raises where a wrapper would silently break the variant, as far as the state shows it.
+
+    Args:
+      state: The state of the optimizer.
+      optimizer: The name of the variant, if it is a whole optimizer.
+    """
 
     def check(node: Any) -> bool:
         """Looks at one node of the state; false, so that the search goes on into it."""
-        if isinstance(node, optax.MultiStepsState) and _holds_variant(node):
-            msg = (
-                "`optax.MultiSteps` around a sharpness-aware variant accumulates only one of its two "
-                "gradients, and mixes batches. Put it after the variant, "
-                "`optax.chain(variant, optax.MultiSteps(base, 4).gradient_transformation())`, or take the "
-                "step of the whole batch, `sam_value_and_grad(..., microbatch_size=n, batch_argnums=1)`."
-            )
-            raise ValueError(msg)
-        if type(node) is tuple or isinstance(node, OrderedDict):  # The state of a chain.
-            links = list(node.values() if isinstance(node, OrderedDict) else node)
-            at = next((i for i, link in enumerate(links) if _holds_variant(link)), 0)
-            before = links[:at]
-            if links and isinstance(getattr(links[at], "inner_state", links[at]), SAMState):
-                # Surely a chain, and no tuple of a user's: what it holds may be chains again.
-                before = jax.tree.leaves(before, is_leaf=_is_named_state)
-            for link in before:
-                if _is_named_state(link):
-                    msg = (
-                        "In a chain the variant comes first. Before it stands a transformation (its state is "
-                        f"{type(link).__name__}) that would silently act on both gradients at once, or on "
-                        "one alone. Put it after the variant: "
-                        "`optax.chain(variant, optax.clip_by_global_norm(1.0), base)`."
-                    )
-                    raise ValueError(msg)
+        if isinstance(node, optax.MultiStepsState) and holds_variant(node):
+            _refuse_multi_steps(optimizer)
+        links = _links(node)
+        at = next((i for i, link in enumerate(links) if holds_variant(link)), None)
+        if at is not None:
+            _refuse_before(links, at)
+            if optimizer:
+                _refuse_after(links[at + 1 :], optimizer)
         return False
 
     jax.tree.leaves(state, is_leaf=check)
 
 
+def _links(node: Any) -> list[Any]:
+    """The states of the links, if this is the state of a chain."""
+    if isinstance(node, OrderedDict):  # Of a named chain.
+        return list(cast("OrderedDict[str, Any]", node).values())
+    return list(cast("tuple[Any, ...]", node)) if type(node) is tuple else []
+
+
 def _is_named_state(x: Any) -> bool:
     return isinstance(x, tuple) and type(x).__name__.endswith("State")
+
+
+def _refuse_multi_steps(optimizer: str) -> None:
+    place = (
+        f"After `{optimizer}`, a whole optimizer, it has no place: take"
+        if optimizer
+        else "Put it after the variant, `optax.chain(variant, "
+        "optax.MultiSteps(base, 4).gradient_transformation())`, or take"
+    )
+    msg = (
+        "`optax.MultiSteps` around a sharpness-aware variant accumulates one gradient, and the variant takes "
+        f"a pair, of one batch. {place} the step of the whole batch, "
+        "`sam_value_and_grad(..., microbatch_size=n, batch_argnums=1)`."
+    )
+    raise ValueError(msg)
+
+
+def _refuse_before(links: list[Any], at: int) -> None:
+    """Raises if something with a state stands before the variant."""
+    before = links[:at]
+    if isinstance(getattr(links[at], "inner_state", links[at]), SAMState):
+        # Surely a chain, and no tuple of a user's: what it holds may be chains again.
+        before = jax.tree.leaves(before, is_leaf=_is_named_state)
+    for link in filter(_is_named_state, before):
+        msg = (
+            "In a chain the variant comes first. Before it stands a transformation (its state is "
+            f"{type(link).__name__}) that would silently act on both gradients at once, or on one alone. "
+            "Put it after the variant: `optax.chain(variant, optax.clip_by_global_norm(1.0), base)`."
+        )
+        if isinstance(link, optax.EmptyState):
+            msg += " By its state `optax.identity()` cannot be told from a clip: leave it out."
+        raise ValueError(msg)
+
+
+def _refuse_after(links: list[Any], optimizer: str) -> None:
+    """Raises if another optimizer stands after a whole one: a chain in the chain, or one with a momentum.
+
+    A single link without a state, such as `optax.scale`, cannot be told from a clip, and passes.
+    """
+
+    def is_of_an_optimizer(x: Any) -> bool:
+        name = type(x).__name__
+        has_momentum = name == "TraceState" or (name.startswith("ScaleBy") and name != "ScaleByScheduleState")
+        return has_momentum or any(map(_is_named_state, _links(x)))
+
+    if _nodes(links, is_of_an_optimizer):
+        msg = (
+            f"`{optimizer}` is a whole optimizer: it returns updates, learning rate and sign included. After "
+            "it in the chain stands another, which would take them for gradients: leave that out. What acts "
+            f"on updates may follow, link by link: `optax.chain({optimizer}(...), optax.clip(0.1))`."
+        )
+        raise ValueError(msg)
 
 
 def match_structure(state: SAMState, init: Callable[[], SAMState]) -> SAMState:
@@ -185,6 +251,15 @@ def match_structure(state: SAMState, init: Callable[[], SAMState]) -> SAMState:
 def has_holes(tree: Any) -> bool:
     """Whether `optax.masked` or `optax.partition` left something out."""
     return bool(_nodes(tree, is_hole))
+
+
+def with_holes_of(like: Any, tree: Any) -> Any:
+    """The tree without what `optax.masked` or `optax.partition` left out of the one like it."""
+    if not has_holes(like) or has_holes(tree):
+        return tree
+    with contextlib.suppress(ValueError):  # Of another structure: whoever uses it says so.
+        return jax.tree.map(lambda x, y: x if is_hole(x) else y, like, tree, is_leaf=is_hole)
+    return tree
 
 
 def is_hole(x: Any) -> bool:

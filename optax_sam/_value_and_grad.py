@@ -316,7 +316,7 @@ def _read_state(
     variant: SharpnessAwareTransformation, state: Any, params: Any
 ) -> tuple[SharpnessAwareTransformation, SAMState]:
     """The variant and its state, with what `optax.inject_hyperparams` holds in force."""
-    sam_state = find_state(state)
+    sam_state = find_state(state, variant.made_by.name if variant.is_optimizer else "")
     injected = injected_arguments(state, variant.rho_name)
     if variant.rho_name in injected:
         sam_state = sam_state._replace(rho=injected[variant.rho_name])

@@ -15,7 +15,7 @@ from jax.core import Tracer
 from optax_sam import _checks, _tree
 from optax_sam import ascent as ascents
 from optax_sam._loss import Evaluation, Loss, MadeBy, Pass, Peers, SAMGradients
-from optax_sam._state import SAMState, has_holes, is_hole
+from optax_sam._state import SAMState, has_holes, is_hole, with_holes_of
 
 Evaluate = Callable[[Loss, SAMState], Evaluation]
 """An evaluation rule: from the loss around params, and the variant's state, to the pair of gradients."""
@@ -41,6 +41,7 @@ class SharpnessAwareTransformation(optax.GradientTransformationExtraArgs):
       evaluate: The rule by which `sam_value_and_grad` evaluates the variant's gradients.
       ascent_only: Whether the clean gradient serves the ascent alone, so that a cheaper one will do.
       compares: Whether the direction is made of both gradients.
+      is_optimizer: Whether it is a whole optimizer: what it returns are updates, and no optimizer follows it.
       rho_name: What the variant calls its radius.
       made_by: The name and the arguments of its constructor, as its pairs of gradients carry them.
       remake: Makes it anew with some of the constructor's arguments replaced, or None.
@@ -49,6 +50,7 @@ class SharpnessAwareTransformation(optax.GradientTransformationExtraArgs):
     evaluate: Evaluate
     ascent_only: bool
     compares: bool
+    is_optimizer: bool
     rho_name: str
     made_by: MadeBy
     remake: Callable[..., "SharpnessAwareTransformation"] | None
@@ -228,7 +230,8 @@ def as_pair(
         "`update(grads, opt_state, params)`, or, where a wrapper insists on updates with the structure of "
         "params, `update(grads.perturbed, opt_state, params, clean_updates=grads.clean)`. With a plain "
         "gradient write `update(grads, opt_state, params, grad_fn=lambda params: jax.grad(loss)(params, "
-        f"batch))`. Got a {type(updates).__name__}. In a chain the variant comes first."
+        f"batch))`. Got a {type(updates).__name__}. In a chain the variant comes first, and "
+        "`optax.MultiSteps` goes around what follows it, not around the variant."
     )
     raise TypeError(msg)
 
@@ -299,9 +302,7 @@ def _evaluate_by(
         filled = jax.tree.map(lambda x, y: y if is_hole(x) else x, point, all_params, is_leaf=is_hole)
         found = grad_fn(filled)
         _checks.same_shapes("What `grad_fn` returns", found, all_params)
-        return Pass(
-            unknown, jax.tree.map(lambda x, y: x if is_hole(x) else y, params, found, is_leaf=is_hole)
-        )
+        return Pass(unknown, with_holes_of(params, found))
 
     given = Pass(unknown, gradient, displacement=jnp.zeros((), jnp.float32))
     loss = Loss(params, pass_at, pass_at, Peers(), measures=variant.compares, given=given)
@@ -337,6 +338,7 @@ def sharpness_aware(
     ascent_only: bool | None = None,
     compares: bool | None = None,
     guards_memory: bool = False,
+    is_optimizer: bool = False,
     rho_name: str = "rho",
 ) -> SharpnessAwareTransformation:
     r"""Builds a sharpness-aware variant from a few small functions.
@@ -367,6 +369,8 @@ def sharpness_aware(
       compares: Whether the direction is made of both gradients. They are then the same, to the last bit, in
         steps in which nothing was perturbed. None: if `descent` is given and `ascent_only` is not true.
       guards_memory: Whether `descent` itself keeps the memory finite.
+      is_optimizer: Whether `descent` returns updates, learning rate and sign included: a whole optimizer,
+        after which `sam_value_and_grad` refuses another.
       rho_name: What the constructor calls the radius, for messages and for `optax.inject_hyperparams`.
 
     Returns:
@@ -442,6 +446,10 @@ def sharpness_aware(
             given = as_pair(updates, clean_updates, statistics, params)
         _refuse_pair_of_another(given.made_by, variant.made_by)
         like = given.perturbed if params is None else params
+        # Inside a mask the updates have holes, and the extra arguments have none.
+        given = given._replace(
+            clean=with_holes_of(like, given.clean), statistics=with_holes_of(like, given.statistics)
+        )
         _checks.same_shapes("The perturbed gradient", given.perturbed, like, updates=True)
         _checks.same_shapes("The clean gradient", given.clean, like, updates=True)
         gradients = SAMGradients(*_tree.upcast(tuple(given)))
@@ -461,6 +469,7 @@ def sharpness_aware(
         evaluate=rule,
         ascent_only=ascent_only,
         compares=compares,
+        is_optimizer=is_optimizer,
         rho_name=rho_name,
         made_by=MadeBy("sharpness_aware"),
         remake=None,

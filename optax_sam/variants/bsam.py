@@ -28,6 +28,8 @@ class BSAMMemory(NamedTuple):
 
 def _deviate(key: jax.Array, precision: optax.Updates, num_data: Any) -> optax.Updates:
     r"""A draw from :math:`N(0, 1 / (N s))`."""
+    if not isinstance(num_data, jax.Array):
+        num_data = float(num_data)  # An integer may be larger than 32 bits.
     normal = optax.tree.random_like(key, precision, jax.random.normal)
     return jax.tree.map(lambda n, s: n / jnp.sqrt(num_data * s), normal, precision)
 
@@ -64,7 +66,8 @@ def bsam(
 
     Args:
       learning_rate: :math:`\eta`, >= 0, or a schedule of the step; 0.25 to 1 with a warm-up and a cosine.
-      num_data: :math:`N`, the number of training examples, times the factor of data augmentation; >= 1.
+      num_data: :math:`N`, the number of training examples, times the factor of data augmentation; >= 1, of
+        any size. `optax.inject_hyperparams` takes no integer from 2**31 on: name it in `static_args` there.
       rho: Strength of the perturbation, >= 0, or a schedule of the step. Not comparable to SAM's: the
         perturbation is not normalized.
       b1: Decay of the momentum, in [0, 1).
@@ -151,7 +154,9 @@ def bsam(
         updates = jax.tree.map(lambda m, s: -rate * m / s, momentum, scale)
         return updates, BSAMMemory(momentum, new_precision)
 
-    return sharpness_aware(rho, None, descent, init_memory, evaluate=evaluate, compares=False)
+    return sharpness_aware(
+        rho, None, descent, init_memory, evaluate=evaluate, compares=False, is_optimizer=True
+    )
 
 
 def _curvature(gradient: optax.Updates, precision: optax.Updates) -> optax.Updates:

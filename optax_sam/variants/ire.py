@@ -10,6 +10,7 @@ import optax
 
 from optax_sam import _checks, _tree
 from optax_sam._loss import serializable
+from optax_sam._state import with_holes_of
 from optax_sam._variant import as_pair, is_pair, value_at
 
 
@@ -103,6 +104,7 @@ def ire(
             gradient = as_pair(updates, clean_updates, params=params).clean if has_pair else updates
         if clean_updates is not None:
             extra_args["clean_updates"] = clean_updates
+        gradient = with_holes_of(state.flat, gradient)  # Inside a mask.
         _checks.same_shapes("`curvature_updates`", gradient, state.flat, updates=True)
         base_updates, base_state = base.update(updates, state.base, params, **extra_args)
         due = (state.step >= start_step) & ((state.step - start_step) % interval == 0)

@@ -107,7 +107,7 @@ def msam(
         gradient = _tree.cast_like(gradients.perturbed, gradients.perturbed if params is None else params)
         return base.update(gradient, state.memory, params, **extra_args)
 
-    return sharpness_aware(rho, None, descent, init_memory, evaluate=evaluate)
+    return sharpness_aware(rho, None, descent, init_memory, evaluate=evaluate, is_optimizer=True)
 
 
 @serializable

@@ -155,4 +155,4 @@ def decoupled_wsam(
             lambda u, c, p: u - factor * (p - c), updates, gradients.clean, gradients.perturbed
         ), memory
 
-    return sharpness_aware(rho, ascent, descent, base.init)
+    return sharpness_aware(rho, ascent, descent, base.init, is_optimizer=True)
