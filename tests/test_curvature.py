@@ -211,7 +211,7 @@ def test_vectors_and_functions_are_checked() -> None:
 
 
 class TestCompositeLoss:
-    """Its parts take inputs and targets, those of `GaussNewton` take the batch."""
+    """An ordinary loss whose batch is a pair; `GaussNewton.of` makes use of its parts."""
 
     LOSS = optax_sam.CompositeLoss(
         lambda params, images: logits_fn(params, (images,)),
@@ -226,7 +226,7 @@ class TestCompositeLoss:
 
     @pytest.mark.parametrize("loss", [LOSS, WITH_AUX])
     @pytest.mark.parametrize("batches", [DATA, list(BATCHES)])
-    def test_gives_the_numbers_of_gauss_newton(self, loss: Any, batches: Any) -> None:
+    def test_gives_the_numbers_of_the_loss_and_of_gauss_newton(self, loss: Any, batches: Any) -> None:
         for measure in (
             lambda f: sharpness.hessian_vector_product(f, PARAMS, batches, PARAMS),
             lambda f: sharpness.top_eigenpairs(f, PARAMS, batches, k=2, num_matvecs=20).values,
@@ -240,15 +240,15 @@ class TestCompositeLoss:
         ):
             jax.tree.map(
                 functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7),
-                measure(loss),
-                measure(GAUSS_NEWTON),
+                (measure(loss), measure(sharpness.GaussNewton.of(loss))),
+                (measure(loss_fn), measure(GAUSS_NEWTON)),
             )
 
     def test_equals_the_product_of_the_two_functions(self) -> None:
         product = sharpness.gauss_newton_vector_product(logits_fn, output_loss, PARAMS, DATA, PARAMS)
         jax.tree.map(
             functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7),
-            sharpness.hessian_vector_product(self.LOSS, PARAMS, DATA, PARAMS),
+            sharpness.hessian_vector_product(sharpness.GaussNewton.of(self.LOSS), PARAMS, DATA, PARAMS),
             product,
         )
 
@@ -262,6 +262,7 @@ class TestCompositeLoss:
         for i in range(2):
             loss = optax_sam.CompositeLoss(model_fn, self.LOSS.output_loss)
             sharpness.hessian_trace(loss, PARAMS, DATA, num_samples=2)
+            sharpness.hessian_trace(sharpness.GaussNewton.of(loss), PARAMS, DATA, num_samples=2)
             if i == 0:
                 first = len(traces)
         assert len(traces) == first

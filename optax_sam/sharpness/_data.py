@@ -136,17 +136,11 @@ def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
     return inputs, targets
 
 
-def model_outputs(loss_fn: CompositeLoss, params: optax.Params, inputs: Any) -> Any:
-    """The outputs of the model, without aux."""
-    outputs = loss_fn.model_fn(params, inputs)
-    return outputs[0] if loss_fn.has_aux else outputs
-
-
 def scalar_loss(loss_fn: LossFn, params: optax.Params, batch: Any) -> jax.Array:
     """The loss, after a check that it is one number."""
     if isinstance(loss_fn, CompositeLoss):
-        inputs, targets = inputs_and_targets(batch)
-        value = loss_fn.output_loss(model_outputs(loss_fn, params, inputs), targets)
+        value = loss_fn(params, *inputs_and_targets(batch))
+        value = value[0] if loss_fn.has_aux else value
     else:
         value = loss_fn(params, batch)
     shape = getattr(value, "shape", None)

@@ -1,5 +1,6 @@
 """Curvature of the loss: eigenvalues, trace, diagonal and spectral density, with `matfree`."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,9 +24,7 @@ class GaussNewton(NamedTuple):
 
     The Gauss-Newton matrix is the Hessian without the curvature of the model. It is positive semi-definite
     for a convex `output_loss`, and it is the Fisher information for a cross-entropy. Pass a `GaussNewton` as
-    `loss_fn`. `optax_sam.CompositeLoss(model_fn, output_loss)` has the same effect for functions that take
-    inputs and targets apart: a batch is then the pair `(inputs, targets)`. Only `relative_flatness` uses the
-    Hessian of the whole loss in all cases.
+    `loss_fn`. Only `relative_flatness` uses the Hessian of the whole loss in all cases.
 
     Attributes:
       model_fn: `(params, batch) -> outputs`, such as logits.
@@ -38,6 +37,31 @@ class GaussNewton(NamedTuple):
     def __call__(self, params: optax.Params, batch: Any) -> Any:
         """The loss."""
         return self.output_loss(self.model_fn(params, batch), batch)
+
+    @classmethod
+    def of(cls, loss: CompositeLoss) -> "GaussNewton":
+        """The same for a `CompositeLoss`, whose batch is the pair `(inputs, targets)`."""
+        return cls(_Outputs(loss), _OutputLoss(loss))
+
+
+# Dataclasses: those of equal losses are equal, and nothing is traced again.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outputs:
+    loss: CompositeLoss
+
+    def __call__(self, params: optax.Params, batch: Any) -> Any:
+        outputs = self.loss.model_fn(params, _data.inputs_and_targets(batch)[0])
+        return outputs[0] if self.loss.has_aux else outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class _OutputLoss:
+    loss: CompositeLoss
+
+    def __call__(self, outputs: Any, batch: Any) -> Any:
+        return self.loss.output_loss(outputs, _data.inputs_and_targets(batch)[1])
 
 
 class Eigenpairs(NamedTuple):
@@ -106,22 +130,16 @@ class SpectralDensity(NamedTuple):
 
 
 def _product(loss_fn: LossFn, params: optax.Params, vector: Any, batch: Any) -> Any:
-    """The Hessian on one batch, or the Gauss-Newton matrix of a loss with two parts, times a vector."""
-    if isinstance(loss_fn, CompositeLoss):
-        inputs, targets = _data.inputs_and_targets(batch)
-    elif isinstance(loss_fn, GaussNewton):
-        inputs = targets = batch
-    else:
+    """The Hessian on one batch, or the Gauss-Newton matrix of a `GaussNewton`, times a vector."""
+    if not isinstance(loss_fn, GaussNewton):
         gradient = jax.grad(lambda p: _data.scalar_loss(loss_fn, p, batch))
         return jax.jvp(gradient, (params,), (vector,))[1]
 
     def model(params: optax.Params) -> Any:
-        if isinstance(loss_fn, CompositeLoss):
-            return _data.model_outputs(loss_fn, params, inputs)
-        return loss_fn.model_fn(params, inputs)
+        return loss_fn.model_fn(params, batch)
 
     def loss(outputs: Any) -> jax.Array:
-        return _data.scalar_loss(loss_fn.output_loss, outputs, targets)
+        return _data.scalar_loss(loss_fn.output_loss, outputs, batch)
 
     outputs, pull_back = jax.vjp(model, params)
     _, moved = jax.jvp(model, (params,), (vector,))
@@ -140,7 +158,7 @@ def hessian_vector_product(
 
     Args:
       loss_fn: The loss, `(params, batch) -> scalar`: the mean over the examples of the batch. A
-        `GaussNewton` or an `optax_sam.CompositeLoss` gives the product with the Gauss-Newton matrix.
+        `GaussNewton` gives the product with the Gauss-Newton matrix.
       params: The params, any pytree of floating-point arrays. Measured in float32 or better.
       batches: One batch (an array, or a tuple, dict or other pytree of arrays whose first axis counts
         examples) or an iterable of batches, weighted by their sizes.
@@ -189,8 +207,7 @@ def gauss_newton_vector_product(
     .. math:: G v = J^\top H_\mathrm{out} J v
 
     Here J is the Jacobian of the outputs, and :math:`H_\mathrm{out}` is the Hessian of the loss with respect
-    to the outputs. `hessian_vector_product` computes the same product for a `GaussNewton` or an
-    `optax_sam.CompositeLoss`.
+    to the outputs. `hessian_vector_product` computes the same product for a `GaussNewton`.
 
     Args:
       model_fn: `(params, batch) -> outputs`, such as logits.
@@ -312,8 +329,8 @@ def top_eigenpairs(
     Compare only solutions of one architecture, best at equal training loss.
 
     Args:
-      loss_fn: See `hessian_vector_product`, also for params and batches. A `GaussNewton` or a
-        `CompositeLoss` gives the eigenvalues of the Gauss-Newton matrix.
+      loss_fn: See `hessian_vector_product`, also for params and batches. A `GaussNewton` gives the eigenvalues
+        of the Gauss-Newton matrix.
       params: The params.
       batches: The batches. All of them are kept in memory; a product processes one at a time.
       k: The number of eigenpairs, from 1 to the number of params.
@@ -456,8 +473,8 @@ def hessian_trace(
     A rescaling of layers changes the trace although the network computes the same function.
 
     Args:
-      loss_fn: See `hessian_vector_product`, also for params and batches. A `GaussNewton` or a
-        `CompositeLoss` gives the trace of the Gauss-Newton matrix.
+      loss_fn: See `hessian_vector_product`, also for params and batches. A `GaussNewton` gives the trace
+        of the Gauss-Newton matrix.
       params: The params.
       batches: The batches. All of them are kept in memory; a product processes one at a time.
       num_samples: The number of random vectors, >= 2. Each costs one product.
@@ -546,8 +563,8 @@ def spectral_density(
     Here :math:`T_z` is the tridiagonal matrix of the Lanczos method that starts at a random z.
 
     Args:
-      loss_fn: See `hessian_vector_product`, also for params and batches. A `GaussNewton` or a
-        `CompositeLoss` gives the density of the Gauss-Newton matrix.
+      loss_fn: See `hessian_vector_product`, also for params and batches. A `GaussNewton` gives the density
+        of the Gauss-Newton matrix.
       params: The params.
       batches: The batches. All of them are kept in memory; a product processes one at a time.
       num_probes: The number of random vectors, >= 1.
@@ -646,7 +663,7 @@ def relative_flatness(
 
     Args:
       loss_fn: See `hessian_vector_product`, also for params and batches. The measure uses the
-        Hessian of the whole loss also for a `GaussNewton` or a `CompositeLoss`.
+        Hessian of the whole loss also for a `GaussNewton`.
       params: The params.
       batches: The batches.
       layer: The path of the kernel in params, such as "Dense_1/kernel". The last axis of the kernel must
