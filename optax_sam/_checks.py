@@ -63,6 +63,13 @@ def scalar_or_schedule(name: str, value: Any, *, low: float = 0.0, high: float =
     """As `number`, but a schedule (any callable of the step) passes."""
     if callable(value):
         return
+    if hasattr(value, "init") and hasattr(value, "update"):
+        msg = (
+            f"`{name}` must be a number or a schedule, got an optimizer. That is the form of "
+            "`optax.contrib.sam(optimizer, adv_optimizer)`; here the optimizer comes after the variant in a "
+            "chain: `optax.chain(optax_sam.sam(0.05), optax.sgd(0.1))`."
+        )
+        raise TypeError(msg)
     if not isinstance(value, jax.Array | np.ndarray | np.generic | int | float) or isinstance(value, bool):
         msg = (
             f"`{name}` must be a number or a schedule (a function of the step), "

@@ -255,7 +255,7 @@ def has_holes(tree: Any) -> bool:
 
 def with_holes_of(like: Any, tree: Any) -> Any:
     """The tree without what `optax.masked` or `optax.partition` left out of the one like it."""
-    if not has_holes(like) or has_holes(tree):
+    if not has_holes(like):
         return tree
     with contextlib.suppress(ValueError):  # Of another structure: whoever uses it says so.
         return jax.tree.map(lambda x, y: x if is_hole(x) else y, like, tree, is_leaf=is_hole)

@@ -1,5 +1,7 @@
 """`sam_value_and_grad`: evaluates what a variant needs, as `jax.value_and_grad` evaluates a gradient."""
 
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -20,7 +22,7 @@ from optax_sam._loss import (
     varying,
 )
 from optax_sam._shards import evaluate_shards
-from optax_sam._state import SAMState, find_state, injected_arguments, match_structure
+from optax_sam._state import SAMState, find_state, holds_variant, injected_arguments, match_structure
 from optax_sam._variant import SharpnessAwareTransformation, settle
 
 
@@ -159,6 +161,7 @@ def sam_value_and_grad(
             args, kwargs, params_at, np.ndim(cast("Any", argnums)) == 0, plan.batch_at, has_aux, loss_scale
         )
         _check_call(call, state, argnums, batch_argnums)
+        _check_keywords(fun, call, state)
         _check_axis(axis_name)
         current, sam_state = _read_state(variant, state, call.params)
         params = varying(jax.tree.map(jnp.asarray, call.params), axis_name)
@@ -310,6 +313,29 @@ def _check_call(call: Call, state: Any, argnums: Any, batch_argnums: Any) -> Non
         )
         raise TypeError(msg)
     _checks.params(call.params)
+
+
+def _check_keywords(fun: Callable[..., Any], call: Call, state: Any) -> None:
+    """Refuses a loss whose own argument has the name of a keyword here, and so would not get its value."""
+    try:
+        signature = inspect.signature(fun)
+        given = signature.bind_partial(*call.args, **call.kwargs).arguments
+    except (TypeError, ValueError):  # Wrong calls of the loss are its own to refuse.
+        return
+    if isinstance(fun, functools.partial):
+        given = {**given, **fun.keywords}
+    own = {name: x for name, x in signature.parameters.items() if name not in given}
+    shadowed = [name for name in ("loss_scale",) if name in own and call.loss_scale is not None]
+    if "state" in own and (own["state"].default is inspect.Parameter.empty or not holds_variant(state)):
+        shadowed.append("state")
+    if shadowed:
+        name = shadowed[0]
+        what = {"state": "the optimizer's state", "loss_scale": "the factor of the loss"}[name]
+        msg = (
+            f"The loss has an argument `{name}` of its own, and `{name}=` is {what} here, which the loss does "
+            f"not get. Pass its own by position, or bind it: `functools.partial(loss, {name}=...)`."
+        )
+        raise TypeError(msg)
 
 
 def _read_state(

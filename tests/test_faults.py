@@ -1,10 +1,13 @@
 """Faults that users and hostile tests found, each with the program in which it showed."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 import table
@@ -75,11 +78,6 @@ def test_multi_steps_is_named(params: Any) -> None:
         tx.update(grads, tx.init(params), params)
 
 
-def of_layer(params: Any, batch: Any) -> Any:
-    """`table.loss`, in which the scale is a constant."""
-    return table.loss({**params, "scale": jax.lax.stop_gradient(params["scale"])}, batch)
-
-
 def grad_fn_door(variant: Any, tx: Any, loss: Any, state: Any, params: Any, batch: Any) -> Any:
     del variant
     grad_fn = jax.grad(lambda params: loss(params, batch))
@@ -100,25 +98,25 @@ def trained(door: Callable[..., Any], variant: Any, tx: Any, loss: Any, params: 
 
 
 @pytest.mark.parametrize("door", [grad_fn_door, clean_updates_door])
+@pytest.mark.parametrize("visible", ["layer", "scale"])
 @all_rows(*[row for row in ROWS if row.memory_copies or row.memory_scalars])
-def test_masks_around_a_variant_with_memory(row: Row, door: Any) -> None:
+def test_masks_around_a_variant_with_memory(row: Row, visible: str, door: Any) -> None:
     """What the mask hides is constant in the loss: the others train as if it were no param at all."""
     # So much data that the noise, which is drawn leaf by leaf, is below rounding.
     variant, tx = row.optimizer(**({"num_data": 2**62} if "num_data" in row.kwargs else {}))
-    scale = PARAMS["scale"]
-    alone = trained(
-        door,
-        variant,
-        tx,
-        lambda params, batch: table.loss({"layer": params, "scale": scale}, batch),
-        PARAMS["layer"],
-    )
+    mask = {name: name == visible for name in PARAMS}
+
+    def loss(params: Any, batch: Any) -> Any:
+        return table.loss({**jax.lax.stop_gradient(PARAMS), visible: params[visible]}, batch)
+
+    alone = trained(door, variant, tx, loss, {visible: PARAMS[visible]})
+    masked = optax.masked(tx, jax.tree.map(lambda m, tree: jax.tree.map(lambda _: m, tree), mask, PARAMS))
     for wrapper in (
-        optax.chain(optax.masked(tx, SOME), optax.freeze({"layer": False, "scale": True})),
-        optax.partition({True: tx, False: optax.set_to_zero()}, SOME),
+        optax.chain(masked, optax.freeze({name: not m for name, m in mask.items()})),
+        optax.partition({True: tx, False: optax.set_to_zero()}, mask),
     ):
-        together = trained(door, variant, wrapper, of_layer, PARAMS)
-        chex.assert_trees_all_close(together, {"layer": alone, "scale": scale}, rtol=1e-5, atol=1e-6)
+        together = trained(door, variant, wrapper, loss, PARAMS)
+        chex.assert_trees_all_close(together, {**PARAMS, **alone}, rtol=1e-5, atol=1e-6)
 
 
 # A whole optimizer, and what stands around it.
@@ -192,3 +190,152 @@ def test_identity_before_the_variant() -> None:
     tx = optax.chain(optax.identity(), SAM, optax.sgd(0.1))
     with pytest.raises(ValueError, match=r"`optax.identity\(\)` cannot be told from a clip: leave it out"):
         evaluate(SAM, tx.init(PARAMS))
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        optax.contrib.muon(0.1),
+        optax.partition({0: optax.adam(0.1), 1: optax.sgd(0.1, momentum=0.9)}, {"layer": 0, "scale": 1}),
+    ],
+    ids=["muon", "partition"],
+)
+def test_msam_on_a_momentum_in_parts(base: Any) -> None:
+    """Each group of params has its own optimizer; the perturbation is along all of the parts together."""
+
+    def loss(params: Any) -> Any:
+        return optax.tree.norm(params, squared=True) / 2  # Its gradient is the point where it is taken.
+
+    variant = optax_sam.msam(base, 0.1)
+    state = variant.init(PARAMS)
+    _, state = variant.update(optax_sam.SAMGradients(PARAMS, PARAMS), state, PARAMS)
+    _, grads = optax_sam.sam_value_and_grad(loss, variant)(PARAMS, state=state)
+    parts = [x for name in ("mu", "trace") for _, x in optax.tree.get_all_with_path(state, name)]
+    assert len(parts) == 2
+    momentum = {x.shape: x for x in jax.tree.leaves(parts)}  # All params differ in shape.
+    length = np.linalg.norm([np.linalg.norm(x) for x in momentum.values()])
+    expected = jax.tree.map(lambda w: w - 0.1 * momentum[w.shape] / length, PARAMS)
+    chex.assert_trees_all_close(grads.perturbed, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("constructor", [optax_sam.msam, optax_sam.shifted_msam])
+@pytest.mark.parametrize("base", [optax.contrib.schedule_free_adamw(0.1), optax.contrib.prodigy()])
+def test_msam_without_a_momentum_names_what_to_use(constructor: Any, base: Any) -> None:
+    instead = r"keeps 0\. Before any other, `optax.chain\(optax_sam.async_sam\(rho, reuse='perturbed'\), base"
+    with pytest.raises(ValueError, match=instead):
+        constructor(base).init(PARAMS)
+    variant = optax_sam.async_sam(0.1, reuse="perturbed")
+    tx = optax.chain(variant, base)
+    state = tx.init(PARAMS)
+    _, grads = evaluate(variant, state)
+    tx.update(grads, state, PARAMS)
+
+
+# `shifted_msam` keeps apart the radius that is in the params.
+
+
+SHIFTED = optax_sam.shifted_msam(optax.sgd(0.0, momentum=0.9), 0.1)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(
+    ("tx", "every"),
+    [
+        (SHIFTED, 1),
+        (optax.apply_if_finite(SHIFTED, 3), 1),
+        (optax.MultiSteps(SHIFTED, 2).gradient_transformation(), 2),
+        (
+            optax.inject_hyperparams(lambda rho: optax_sam.shifted_msam(optax.sgd(0.0, momentum=0.9), rho))(
+                rho=0.1
+            ),
+            1,
+        ),
+    ],
+    ids=["alone", "apply_if_finite", "MultiSteps", "injected"],
+)
+def test_a_radius_set_in_shifted_msam(tx: Any, every: int, jit: bool) -> None:
+    """Without a learning rate the params to evaluate stay, and those of the loop move by the new radius."""
+    update = jax.jit(tx.update) if jit else tx.update
+    start = params = jnp.array([1.0, 1.0])
+    state = tx.init(params)
+    radii = []
+    for i in range(6 * every):
+        if i == 3 * every:
+            state = optax.tree.set(state, rho=1.0)
+        updates, state = update(jnp.array([3.0, 4.0 + i]), state, params)
+        params = optax.apply_updates(params, updates)
+        chex.assert_trees_all_close(optax_sam.msam_eval_params(state, params), start, atol=1e-6)
+        radii.append(float(jnp.linalg.norm(params - start)))
+    np.testing.assert_allclose(radii[every - 1 :: every], [0.1] * 3 + [1.0] * 3, rtol=1e-5)
+    np.testing.assert_allclose(optax.tree.get(state, "ShiftedMSAMState").rho, 1.0)
+
+
+# Numbers of any size.
+
+
+@pytest.mark.parametrize("num_data", [2**31, 10**12, 2**62])
+def test_bsam_of_many_examples(num_data: int) -> None:
+    variant = optax_sam.bsam(0.1, num_data, rho=0.0, key=0)
+    step = jax.jit(optax_sam.sam_value_and_grad(table.loss, variant, return_metrics=True))
+    state = variant.init(PARAMS)
+    *_, metrics = step(PARAMS, EXAMPLES, state=state)
+    np.testing.assert_allclose(metrics.loss, table.loss(PARAMS, EXAMPLES), rtol=1e-3)
+    deviations = jax.jit(
+        lambda: optax_sam.bsam_sample(
+            jax.random.key(0), jnp.zeros(1000), variant.init(jnp.zeros(1000)), num_data
+        )
+    )()
+    np.testing.assert_allclose(jnp.std(deviations), num_data**-0.5, rtol=0.1)
+
+
+# Keywords and forms that are taken for others.
+
+
+def test_keywords_of_the_loss_that_are_taken() -> None:
+    """The loss's own `state` and `loss_scale` by position or bound; by keyword they are refused in words."""
+    state = CHAIN.init(PARAMS)
+
+    def loss(params: Any, batch: Any, state: Any) -> Any:
+        return state * table.loss(params, batch)
+
+    def scaled(params: Any, batch: Any, loss_scale: float = 1.0) -> Any:
+        return loss_scale * table.loss(params, batch)
+
+    def optional(params: Any, batch: Any, state: float = 1.0) -> Any:
+        return loss(params, batch, state)
+
+    def run(fun: Any, *args: Any, **kwargs: Any) -> Any:
+        return optax_sam.sam_value_and_grad(fun, SAM)(PARAMS, EXAMPLES, *args, **kwargs)[0]
+
+    own = r"argument `{0}` of its own, .* by position, or bind it: `functools.partial\(loss, {0}=\.\.\.\)`"
+    for fun, wrong in (
+        (loss, {"state": 2.0}),
+        (loss, {"state": state}),
+        (optional, {"state": 2.0}),
+        (scaled, {"state": state, "loss_scale": 2.0}),
+    ):
+        name = "loss_scale" if fun is scaled else "state"
+        with pytest.raises(TypeError, match=own.format(name)):
+            run(fun, **wrong)
+    once = run(table.loss, state=state)
+    assert (
+        run(loss, 2.0, state=state)
+        == run(optional, 2.0, state=state)
+        == run(scaled, 2.0, state=state)
+        == 2 * once
+    )
+    assert run(functools.partial(loss, state=2.0), state=state) == 2 * once
+    assert run(functools.partial(scaled, loss_scale=2.0), state=state, loss_scale=4.0) == 2 * once
+    assert run(optional, state=state) == run(scaled, state=state) == once
+    assert run(scaled, 2.0, state=state, loss_scale=4.0) == 2 * once
+
+
+FIRST = [row for row in table.VARIANTS if not row.whole_optimizer]
+
+
+@all_rows(*FIRST)
+def test_the_form_of_contrib_sam(row: Row) -> None:
+    with pytest.raises(
+        TypeError, match=r"`optax.contrib.sam\(optimizer, .*after the variant in a chain: `optax.chain"
+    ):
+        row.constructor(optax.sgd(0.1))

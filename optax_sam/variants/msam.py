@@ -9,7 +9,7 @@ import optax
 from optax_sam import _checks, _tree
 from optax_sam import ascent as ascents
 from optax_sam._loss import Evaluation, Loss, SAMGradients, serializable
-from optax_sam._state import SAMState
+from optax_sam._state import SAMState, is_hole, with_holes_of
 from optax_sam._variant import (
     SharpnessAwareTransformation,
     as_arrays,
@@ -22,16 +22,30 @@ from optax_sam._variant import (
 
 
 def _momentum(state: optax.OptState, params: optax.Params) -> optax.Updates:
-    """The one momentum in the state of the base optimizer."""
+    """The one momentum in the state of the base optimizer, each group of `optax.partition` having its part."""
     found = [x for name in ("trace", "mu") for _, x in optax.tree.get_all_with_path(state, name)]
-    found = [x for x in found if jax.tree.structure(x) == jax.tree.structure(params)]
-    if len(found) != 1:
+    found = [x for x in found if jax.tree.structure(x) == jax.tree.structure(with_holes_of(x, params))]
+
+    def by_leaf(part: Any) -> Any:
+        """The part with a hole for each leaf, where one hole stands for a whole branch of params."""
+        return jax.tree.map(
+            lambda m, w: jax.tree.map(lambda _: m, w) if is_hole(m) else m, part, params, is_leaf=is_hole
+        )
+
+    momenta = jax.tree.map(
+        lambda _, *parts: [x for x in parts if not is_hole(x)], params, *map(by_leaf, found)
+    )
+    of_each = jax.tree.leaves(jax.tree.map(lambda _, each: len(each), params, momenta))
+    if not found or set(of_each) - {1}:
         msg = (
-            "`base_optimizer` must keep one momentum of all params, such as that of "
-            f"`optax.sgd(0.1, momentum=0.9)` or `optax.adam(1e-3)`, got an optimizer that keeps {len(found)}."
+            "`base_optimizer` must keep one momentum of all params, such as that of `optax.sgd(0.1, "
+            "momentum=0.9)` or `optax.adam(1e-3)`, in a field `trace` or `mu`, got an optimizer that keeps "
+            f"{min(of_each, default=0)}. Before any other, `optax.chain(optax_sam.async_sam(rho, "
+            "reuse='perturbed'), base_optimizer)` perturbs along the gradient of the step before: one gradient "
+            "a step too."
         )
         raise ValueError(msg)
-    return found[0]
+    return jax.tree.map(lambda _, each: each[0], params, momenta)
 
 
 @constructor
@@ -51,8 +65,8 @@ def msam(
 
     Args:
       base_optimizer: The optimizer, its learning rate included, with one momentum in its state: the
-        `trace` of `optax.sgd(..., momentum=...)`, or the first moment `mu` of `optax.adam` and its like.
-        Its weight decay acts on the unperturbed params.
+        `trace` of `optax.sgd(..., momentum=...)`, or the first moment `mu` of `optax.adam` and its like, of
+        `optax.contrib.muon` for example. Its weight decay acts on the unperturbed params.
       rho: The radius, >= 0, or a schedule of the step; 0 recovers the base optimizer. About ten times
         that of SAM.
       ascent: The rule that makes a perturbation of the momentum; None for
@@ -116,8 +130,8 @@ class ShiftedMSAMState(NamedTuple):
 
     Attributes:
       step: How many updates were made. shape=(), dtype=int32
-      rho: The radius of the next perturbation, which `optax.tree.set(opt_state, rho=...)` changes. shape=(),
-        float32 or better
+      rho: The radius of the next perturbation. If it is a number, `optax.tree.set(opt_state, rho=...)` changes
+        it for good; of a schedule it is what the schedule gave. shape=(), float32 or better
       applied_rho: The radius by which the params of now are perturbed. shape=(), float32 or better
       base: The state of the base optimizer, in which the momentum is.
     """
@@ -199,7 +213,8 @@ def shifted_msam(
         steps, base_state = base.update(updates, state.base, _unperturbed(params, here), **extra_args)
         step = jnp.asarray(optax.safe_increment(state.step))
         # Params carry the radius that was applied to them, whatever `rho` was set to since.
-        applied = jnp.array(rho(step) if callable(rho) else rho_at(rho, state.rho, params), state.rho.dtype)
+        dtype = state.applied_rho.dtype
+        applied = jnp.array(rho(step) if callable(rho) else rho_at(rho, state.rho, params), dtype)
         base_state = _tree.keep_finite(base_state, state.base)
         new = ShiftedMSAMState(step, applied, jnp.copy(applied), base_state)
         total = jax.tree.map(lambda u, new, old: u + (new - old), steps, _shift(new, params), here)
