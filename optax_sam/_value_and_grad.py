@@ -332,8 +332,8 @@ def _check_keywords(fun: Callable[..., Any], call: Call, state: Any) -> None:
         name = shadowed[0]
         what = {"state": "the optimizer's state", "loss_scale": "the factor of the loss"}[name]
         msg = (
-            f"The loss has an argument `{name}` of its own, and `{name}=` is {what} here, which the loss does "
-            f"not get. Pass its own by position, or bind it: `functools.partial(loss, {name}=...)`."
+            f"The loss has an argument `{name}` of its own, and `{name}=` is {what} here, which the loss "
+            f"does not get. Pass its own by position, or bind it: `functools.partial(loss, {name}=...)`."
         )
         raise TypeError(msg)
 

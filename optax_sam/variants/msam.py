@@ -22,7 +22,7 @@ from optax_sam._variant import (
 
 
 def _momentum(state: optax.OptState, params: optax.Params) -> optax.Updates:
-    """The one momentum in the state of the base optimizer, each group of `optax.partition` having its part."""
+    """The one momentum in the state of the base optimizer, which `optax.partition` keeps in parts."""
     found = [x for name in ("trace", "mu") for _, x in optax.tree.get_all_with_path(state, name)]
     found = [x for x in found if jax.tree.structure(x) == jax.tree.structure(with_holes_of(x, params))]
 
@@ -41,8 +41,8 @@ def _momentum(state: optax.OptState, params: optax.Params) -> optax.Updates:
             "`base_optimizer` must keep one momentum of all params, such as that of `optax.sgd(0.1, "
             "momentum=0.9)` or `optax.adam(1e-3)`, in a field `trace` or `mu`, got an optimizer that keeps "
             f"{min(of_each, default=0)}. Before any other, `optax.chain(optax_sam.async_sam(rho, "
-            "reuse='perturbed'), base_optimizer)` perturbs along the gradient of the step before: one gradient "
-            "a step too."
+            "reuse='perturbed'), base_optimizer)` perturbs along the gradient of the step before, for one "
+            "gradient a step too."
         )
         raise ValueError(msg)
     return jax.tree.map(lambda _, each: each[0], params, momenta)
@@ -130,8 +130,8 @@ class ShiftedMSAMState(NamedTuple):
 
     Attributes:
       step: How many updates were made. shape=(), dtype=int32
-      rho: The radius of the next perturbation. If it is a number, `optax.tree.set(opt_state, rho=...)` changes
-        it for good; of a schedule it is what the schedule gave. shape=(), float32 or better
+      rho: The radius of the next perturbation. If it is a number, `optax.tree.set(opt_state, rho=...)`
+        changes it for good; of a schedule it is what the schedule gave. shape=(), float32 or better
       applied_rho: The radius by which the params of now are perturbed. shape=(), float32 or better
       base: The state of the base optimizer, in which the momentum is.
     """
