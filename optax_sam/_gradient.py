@@ -1,7 +1,7 @@
 """From the user's loss to one gradient function; in parts of the batch, or in another dtype."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from optax_sam._loss import CompositeLoss, Pass
 
 GradientAt = Callable[[optax.Params, Sequence[Any], Any], Pass]
 """`(params, batch, cotangent) -> pass`, where batch holds the batch arguments in order."""
+
+T = TypeVar("T")
 
 _ARRAY_TYPES = jax.Array | np.ndarray | np.generic
 
@@ -129,14 +131,15 @@ class TracedOnce:
     Outside of a trace every call runs as it stands, operation by operation.
 
     Attributes:
+      is_traced: Whether it is called within a trace.
       precision: After a call within a trace, the least precise floating-point dtype that it computed in.
     """
 
     def __init__(self, function: GradientAt, *trees: Any) -> None:
         """`trees` are what the function closes over: if one of them is traced, so is every call."""
         self.precision: str | None = None
+        self.is_traced = any(map(_is_traced, trees))
         self._function = function
-        self._is_traced = any(map(_is_traced, trees))
 
         def arrays_only(*args: Any) -> Any:
             return jax.tree.map(lambda x: x if isinstance(x, _ARRAY_TYPES) else _Constant(x), function(*args))
@@ -146,7 +149,7 @@ class TracedOnce:
     def __call__(self, params: optax.Params, batch: Sequence[Any], cotangent: Any) -> Pass:
         """The pass."""
         args = (params, tuple(batch), cotangent)
-        if not self._is_traced:
+        if not self.is_traced:
             return self._function(*args)
         if self.precision is None:
             self.precision = _least_precise(self._jitted.trace(*args).jaxpr.jaxpr)
@@ -213,7 +216,24 @@ def is_mean(path: Any, leaf: Any) -> bool:
     raise TypeError(msg)
 
 
-def accumulated(gradient_at: GradientAt, size: int) -> GradientAt:
+def in_loop(loop: Callable[[Callable[..., T]], T], turn: Callable[..., T], is_traced: bool) -> T:
+    """`loop(turn)`, in which a loop of JAX is a plain Python loop outside of a trace.
+
+    There it would be compiled in every call, for it closes over the loss and its arguments.
+    """
+    if is_traced:
+        return loop(turn)
+    is_disabled = jax.config.jax_disable_jit
+
+    def compiled(*args: Any) -> T:
+        with jax.disable_jit(is_disabled):
+            return turn(*args)
+
+    with jax.disable_jit():
+        return loop(compiled)
+
+
+def accumulated(gradient_at: GradientAt, size: int, is_traced: bool) -> GradientAt:
     """The gradient function in the memory of a microbatch."""
     kinds = optax.microbatching.AccumulationType
 
@@ -254,8 +274,11 @@ def accumulated(gradient_at: GradientAt, size: int) -> GradientAt:
             lambda p, x: kinds.MEAN if is_mean(p, x) else kinds.SUM, like.aux
         )
         how: Any = Pass(*cast("Any", (kinds.MEAN, kinds.MEAN, rules, kinds.CONCAT, None)))
-        run_all: Any = optax.microbatch(precise, argnums=0, microbatch_size=1, accumulator=how)
-        found = run_all(numbers, params)
+
+        def run_all(one: Callable[..., Pass]) -> Pass:
+            return optax.microbatch(one, argnums=0, microbatch_size=1, accumulator=how)(numbers, params)
+
+        found = in_loop(run_all, precise, is_traced)
         return found._replace(gradient=_tree.cast_like(found.gradient, like.gradient))
 
     return run
@@ -295,13 +318,18 @@ class Parts(NamedTuple):
     ascent_examples: int | float | None = None
     ascent_dtype: Any = None
 
-    def descent(self, gradient_at: GradientAt) -> GradientAt:
+    def descent(self, traced: TracedOnce) -> GradientAt:
         """The gradient function of all the batch."""
-        return gradient_at if self.microbatch_size is None else accumulated(gradient_at, self.microbatch_size)
+        return (
+            traced
+            if self.microbatch_size is None
+            else accumulated(traced, self.microbatch_size, traced.is_traced)
+        )
 
-    def ascent(self, gradient_at: GradientAt, batch: Sequence[Any]) -> tuple[GradientAt, Sequence[Any]]:
+    def ascent(self, traced: TracedOnce, batch: Sequence[Any]) -> tuple[GradientAt, Sequence[Any]]:
         """The gradient function of the ascent, and the examples for it."""
         size, wanted = self.microbatch_size, self.ascent_examples
+        gradient_at: GradientAt = traced
         if wanted is not None:
             total = batch_size(batch)
             count = max(1, round(wanted * total)) if isinstance(wanted, float) else wanted
@@ -317,5 +345,5 @@ class Parts(NamedTuple):
         if self.ascent_dtype is not None:
             gradient_at = in_dtype(gradient_at, self.ascent_dtype)
         if size is not None and (wanted is None or batch_size(batch) > size):
-            gradient_at = accumulated(gradient_at, size)
+            gradient_at = accumulated(gradient_at, size, traced.is_traced)
         return gradient_at, batch

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_sam import _checks, _tree
-from optax_sam._gradient import Call, Parts, TracedOnce, batch_size, gradient_at
+from optax_sam._gradient import Call, Parts, TracedOnce, batch_size, gradient_at, in_loop
 from optax_sam._loss import (
     AxisName,
     CompositeLoss,
@@ -185,7 +185,11 @@ def sam_value_and_grad(
         # A single shard on each device is what a local perturbation is.
         peers = Peers(axis_name, local=perturbation == "local" or num_shards is not None)
         if plan.num_shards > 1:
-            evaluation = evaluate_shards(evaluate, call.batch, peers, plan.num_shards, plan.rounds)
+
+            def all_shards(one: Callable[..., Evaluation]) -> Evaluation:
+                return evaluate_shards(one, call.batch, peers, plan.num_shards, plan.rounds)
+
+            evaluation = in_loop(all_shards, evaluate, descend.is_traced or plan.rounds == 1)
         else:
             if num_shards is not None:
                 batch_size(call.batch)  # Refuses what is no batch.

@@ -1,5 +1,7 @@
 """The door for Flax NNX: `sam_value_and_grad` for models that hold their own state."""
 
+import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -7,7 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from optax_sam import _checks, _value_and_grad
+from optax_sam._loss import MadeBy, SAMGradients
+from optax_sam._state import SAMState
 from optax_sam._variant import SharpnessAwareTransformation
+
+_TAG = "optax_sam"  # Under which NNX remembers which object within the loss is which one outside.
 
 
 def sam_value_and_grad(
@@ -22,11 +28,12 @@ def sam_value_and_grad(
     """Like `flax.nnx.value_and_grad`, for a sharpness-aware variant.
 
     The loss takes NNX objects: the model, and perhaps an `nnx.Rngs`, metrics and the like, by position
-    or by keyword. What the loss changes in them, such as the statistics of BatchNorm and the counters of
-    random numbers, is afterwards as one ordinary pass would have left it. Both passes start from the
-    same state, so that they draw the same dropout masks. Variables are all that is handed back, also new
-    ones: plain Python attributes that the loss sets, variables that it deletes and modules that it makes
-    are not.
+    or by keyword. What the loss changes in them is afterwards as one ordinary pass would have left it: the
+    statistics of BatchNorm, the counters of random numbers, and also plain attributes and new modules.
+    Both passes start from the same state, so they draw the same dropout masks.
+
+    The optimizer's arrays lie in variables. One line changes the radius for good, with
+    `nnx.Optimizer` and also inside `nnx.jit`: `optax.tree.get(optimizer.opt_state, "rho")[...] = 0.2`.
 
     Args:
       fun: The loss: a function that returns a scalar, or a pair `(scalar, aux)`.
@@ -48,7 +55,7 @@ def sam_value_and_grad(
       `optimizer.update(model, grads.perturbed, clean_updates=grads.clean)`.
 
     Raises:
-      TypeError: If an argument that is to be differentiated is no NNX object, or has no params.
+      TypeError: If an argument that is to be differentiated holds nothing to differentiate.
       ValueError: As `optax_sam.sam_value_and_grad`.
 
     Examples:
@@ -79,99 +86,236 @@ def sam_value_and_grad(
     """
     from flax import nnx  # Here and not above: the core does without Flax.
 
-    single = isinstance(argnums, int | nnx.DiffState)
-    given = (argnums,) if single else tuple(argnums)
-    positions = [x.argnum if isinstance(x, nnx.DiffState) else cast("int", x) for x in given]
-    batches = (batch_argnums,) if isinstance(batch_argnums, int) else tuple(batch_argnums or ())
-    if set(batches) & set(positions) or min((*batches, *positions), default=0) < 0:
-        msg = (
-            "`argnums` and `batch_argnums` must name different positional arguments, counted from 0, got "
-            f"{argnums} and {batch_argnums}."
-        )
-        raise ValueError(msg)
-    in_parts = any(options.get(name) is not None for name in ("num_shards", "microbatch_size"))
-
-    def holds_state(arg: Any) -> bool:
-        def is_object(x: Any) -> bool:
-            return isinstance(x, nnx.Object | nnx.Variable)
-
-        return any(is_object(x) for x in jax.tree.leaves(arg, is_leaf=is_object))
+    filters = _filters(nnx, argnums)
+    positions = tuple(filters) if isinstance(argnums, tuple | list) else next(iter(filters))
+    settings: dict[str, Any] = {"argnums": positions, "batch_argnums": batch_argnums, **options}
+    _value_and_grad.sam_value_and_grad(fun, variant, has_aux=has_aux, **settings)  # Checks what was given.
+    _refuse_method(nnx, fun)
+    in_parts = any(settings.get(name) is not None for name in ("num_shards", "microbatch_size"))
+    if settings.get("ascent_loss") is not None:
+        settings["ascent_loss"] = _pure(nnx, settings["ascent_loss"], filters, has_aux, in_parts)
+    pure = _pure(nnx, fun, filters, has_aux, in_parts)
+    evaluate = _value_and_grad.sam_value_and_grad(pure, variant, has_aux=True, **settings)
 
     def value_and_grads(*args: Any, state: Any = None, loss_scale: Any = None, **kwargs: Any) -> Any:
-        default: Any = nnx.Param
+        if kwargs:  # As in NNX, those that have a position get it.
+            bound = inspect.signature(fun).bind(*args, **kwargs)
+            args, kwargs = bound.args, bound.kwargs
+        trained = None
         if isinstance(state, nnx.Optimizer):
-            default, state = cast("Any", state).wrt, cast("Any", state).opt_state
-        filters = {
-            i: nnx.filterlib.to_predicate(x.filter if isinstance(x, nnx.DiffState) else default)
-            for i, x in zip(positions, given, strict=True)
-        }
-
-        def is_param(path: Any, value: Any) -> bool:
-            # A path begins with 0 for positional arguments, and goes on with the position.
-            return path[0] == 0 and path[1] in filters and filters[path[1]](path[2:], value)
-
-        # All objects are split at once: what two of them share stays shared.
-        objects = (
-            tuple(x if holds_state(x) else None for x in args),
-            {name: x for name, x in kwargs.items() if holds_state(x)},
-        )
-        others = [None if holds_state(x) else x for x in args]
-        keywords = {name: x for name, x in kwargs.items() if name not in objects[1]}
-        graph, found, rest = nnx.split(objects, is_param, ...)
-        for i in positions:
-            if i >= len(args) or 0 not in found or i not in found[0]:
-                got = type(args[i]).__name__ if i < len(args) else "nothing"
-                msg = (
-                    f"`argnums` is {argnums}: positional argument {i} must be an NNX object with variables "
-                    f"to differentiate, got {got}. Params that are a plain pytree go through "
-                    "`optax_sam.sam_value_and_grad`."
-                )
-                raise TypeError(msg)
-        params = found[0][positions[0]] if single else tuple(found[0][i] for i in positions)
-
-        def pure(params: Any, rest: Any, *others: Any, **keywords: Any) -> Any:
-            by_position = dict(zip(positions, (params,) if single else params, strict=True))
-            copies = nnx.merge(graph, nnx.State({0: by_position}), rest, copy=True)
-            both = [y if x is None else x for x, y in zip(others, copies[0], strict=True)]
-            output = fun(*both, **keywords, **copies[1])
-            value, aux = _checks.value_and_aux(output) if has_aux else (output, None)
-            after = nnx.state(copies, nnx.Not(is_param))
-            return value, (aux, _changes(nnx, after, rest) if in_parts else after)
-
-        output, grads, *metrics = _value_and_grad.sam_value_and_grad(
-            pure,
-            variant,
-            has_aux=True,
-            batch_argnums=None if batch_argnums is None else tuple(i + 2 for i in batches),
-            **options,
-        )(params, rest, *others, state=state, loss_scale=loss_scale, **keywords)
-        value, (aux, after) = output
-        nnx.update(objects, _changed(nnx, after, rest) if in_parts else after)
-        # New variables: NNX would drop the perturbed half of a pair whose halves are the same object.
-        grads = jax.tree.map(lambda x: x, grads)
+            trained, state = cast("Any", state).wrt, cast("Any", state).opt_state
+        _refuse_plain_radius(nnx, state)
+        with nnx.update_context(_TAG):
+            nodes, trees = _split(nnx, args, kwargs, filters, trained)
+            counts = [(x, x.get_value()) for x in _variables(nnx, nodes) if isinstance(x, nnx.RngCount)]
+            output, grads, *metrics = evaluate(*trees, state=state, loss_scale=loss_scale, nodes=nodes)
+            value, (aux, after, parts) = output
+            _, aux = nnx.from_tree((_filled(after, (trees, nodes)), aux), ctxtag=_TAG, is_inner=False)
+        for counter, old in counts if in_parts else ():
+            # It holds the sum over all parts, which may have wrapped around; so may the difference.
+            counter.set_value(old + (counter.get_value() - parts * old) // parts)
+        # New variables: NNX drops one of two that are the same object.
+        grads = _Gradients(*jax.tree.map(lambda x: x, grads))
         return ((value, aux) if has_aux else value), grads, *metrics
 
     return value_and_grads
 
 
-def _changes(nnx: Any, after: Any, before: Any) -> Any:
-    """What a part of the batch changed, such that floats can be averaged and integers summed."""
-    counts, keys, variables = nnx.split_state(after, nnx.RngCount, nnx.RngKey, ...)
-    del keys  # A pass leaves them as they are.
-    for path, x in jax.tree_util.tree_leaves_with_path(variables):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
+def _filters(nnx: Any, argnums: Any) -> dict[int, Any]:
+    """The positions of params, each with the filter of its `DiffState` or with None."""
+    given = cast("Sequence[Any]", argnums if isinstance(argnums, tuple | list) else (argnums,))
+    filters = {x.argnum if isinstance(x, nnx.DiffState) else x: getattr(x, "filter", None) for x in given}
+    if len(filters) < len(given):
+        msg = f"`argnums` must name each positional argument once, got {argnums}."
+        raise ValueError(msg)
+    return filters
+
+
+def _refuse_method(nnx: Any, fun: Any) -> None:
+    if isinstance(getattr(fun, "__self__", None), nnx.Pytree):
+        msg = (
+            f"`fun` must take the model as an argument, got the bound method `{fun.__name__}`: write "
+            f"`lambda model, *args: model.{fun.__name__}(*args)`."
+        )
+        raise TypeError(msg)
+
+
+def _refuse_plain_radius(nnx: Any, state: Any) -> None:
+    """Raises if `optax.tree.set` put a number in place of the variable that holds the radius."""
+
+    def is_sam_state(x: Any) -> bool:
+        return isinstance(x, SAMState)
+
+    for x in filter(is_sam_state, jax.tree.leaves(state, is_leaf=is_sam_state)):
+        if isinstance(x.step, nnx.Variable) and not isinstance(x.rho, nnx.Variable):
             msg = (
-                "With `num_shards` or `microbatch_size` the loss may hold floating-point variables (averaged "
-                f"over the parts) and random counters, got dtype {x.dtype} at {jax.tree_util.keystr(path)}. "
-                "Return what a metric needs as aux, and update the metric outside of the loss."
+                f"The radius in an `nnx.Optimizer` must lie in a variable, got {x.rho!r} in its place. Write "
+                '`optax.tree.get(optimizer.opt_state, "rho")[...] = 0.2`.'
             )
             raise TypeError(msg)
-    moved = jax.tree.map(jnp.subtract, counts, nnx.filter_state(before, nnx.RngCount))
-    return variables, moved, jnp.ones((), jnp.uint32)
 
 
-def _changed(nnx: Any, changes: Any, before: Any) -> Any:
-    """The state after one pass, from the changes of all parts."""
-    variables, moved, parts = changes
-    counts = nnx.filter_state(before, nnx.RngCount)
-    return nnx.merge_state(variables, jax.tree.map(lambda old, m: old + m // parts, counts, moved))
+# The loss as a function of trees. In place of each object stands an `nnx.NodeStates`: its structure, and two
+# states, the one of its params and the one of all else.
+
+
+def _split(
+    nnx: Any, args: tuple[Any, ...], kwargs: dict[str, Any], filters: dict[int, Any], trained: Any
+) -> tuple[Any, tuple[Any, ...]]:
+    """The arguments as trees.
+
+    Args:
+      nnx: The module `flax.nnx`.
+      args: The positional arguments.
+      kwargs: The keyword arguments.
+      filters: The positions of params, each with the filter of its `DiffState` or with None.
+      trained: The filter of an `nnx.Optimizer`, or None.
+
+    Returns:
+      The positional and the keyword arguments as trees; and the positional ones with the params alone of
+      those that hold some.
+    """
+    inside = _inside(filters, args)
+    chosen = [_is_param(nnx, x, inside[i], trained) if i in inside else False for i, x in enumerate(args)]
+
+    def split(context: Any, path: Any, state: Any, x: Any) -> Any:
+        del path
+        return nnx.NodeStates.from_split(*context.split(x, state.filter, ...))
+
+    prefix = tuple(nnx.DiffState(-1, x) for x in chosen), nnx.DiffState(-1, False)
+    nodes = nnx.to_tree((args, kwargs), prefix=prefix, split_fn=split, ctxtag=_TAG)
+    trees = list(nodes[0])
+    for i, own in inside.items():
+        trees[i] = _map_nodes(nnx, lambda node: node.states[0], trees[i])
+        if not jax.tree.leaves(trees[i]):
+            wanted = own if own is not None else trained if trained is not None else nnx.Param
+            msg = (
+                f"Positional argument {i} must hold params, got a {type(args[i]).__name__} in which nothing "
+                f"passes the filter {wanted}. Name others by `argnums`, such as `nnx.DiffState({i}, filter)`."
+            )
+            raise TypeError(msg)
+    return nodes, tuple(trees)
+
+
+def _inside(filters: dict[int, Any], args: Sequence[Any]) -> dict[int, Any]:
+    """The filters by position, counted from 0; a position without an argument is refused later on."""
+    return {range(len(args))[i]: own for i, own in filters.items() if -len(args) <= i < len(args)}
+
+
+def _is_param(nnx: Any, arg: Any, own: Any, trained: Any) -> Callable[[Any, Any], bool]:
+    """The filter of the params of an argument: its own one, or that of the optimizer, or `nnx.Param`."""
+    if own is None and trained is not None:
+        ids = {id(x) for x in _variables(nnx, nnx.state(arg, trained))}
+        return lambda _, x: id(x) in ids
+    passes = nnx.filterlib.to_predicate(nnx.Param if own is None else own)
+    # As in NNX a variable that is nobody's attribute, and so has no path, is always a param.
+    return lambda path, x: not path or passes(path, x)
+
+
+def _pure(
+    nnx: Any, fun: Callable[..., Any], filters: dict[int, Any], has_aux: bool, in_parts: bool
+) -> Callable[..., Any]:
+    """The loss as a function of trees, which also returns as a tree how it left its objects."""
+
+    def join(node: Any, params: Any) -> Any:
+        return node.replace(states=(params, *node.states[1:]))
+
+    def pure(*args: Any, nodes: Any) -> Any:
+        kept = {id(x): _Kept(i) for i, x in enumerate(jax.tree.leaves((args, nodes)))}
+        trees = list(args)
+        for i in _inside(filters, args):
+            trees[i] = _map_nodes(nnx, join, nodes[0][i], args[i])
+        objects = nnx.from_tree((tuple(trees), nodes[1]), ctxtag=_TAG, is_inner=True)
+        output = fun(*objects[0], **objects[1])
+        value, aux = _checks.value_and_aux(output) if has_aux else (output, None)
+        after, aux = nnx.to_tree((nnx.extract.clear_non_graph_nodes(objects), aux), ctxtag=_TAG)
+        # What the loss left alone need not be returned, nor be rounded by an average or by `ascent_dtype`.
+        after = jax.tree.map(lambda x: kept.get(id(x), x), after)
+        if in_parts:
+            _refuse_counts(nnx, after)
+        return value, (aux, after, jnp.ones((), jnp.uint32) if in_parts else None)
+
+    return pure
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """In place of a leaf that the loss left alone: its number among the leaves of the arguments."""
+
+    index: int
+
+
+def _filled(after: Any, arguments: Any) -> Any:
+    """How the loss left the objects, with the leaves that it left alone."""
+    leaves = jax.tree.leaves(arguments)
+
+    def is_kept(x: Any) -> bool:
+        return isinstance(x, _Kept)
+
+    return jax.tree.map(lambda x: leaves[x.index] if is_kept(x) else x, after, is_leaf=is_kept)
+
+
+def _refuse_counts(nnx: Any, after: Any) -> None:
+    """Raises if a part of the batch changed what can be neither averaged over the parts nor counted."""
+    for x in _variables(nnx, after):
+        for leaf in jax.tree.leaves(x):
+            if not isinstance(x, nnx.RngCount) and not jnp.issubdtype(leaf.dtype, jnp.floating):
+                msg = (
+                    "With `num_shards` or `microbatch_size` the loss may change floating-point variables "
+                    f"(averaged over the parts) and random counters, got a {type(x).__name__} of dtype "
+                    f"{leaf.dtype}. Return what a metric needs as aux, and update the metric outside of the "
+                    "loss."
+                )
+                raise TypeError(msg)
+
+
+def _map_nodes(nnx: Any, function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """Maps over the objects of a tree; of other leaves it takes those of the last tree."""
+
+    def at_leaf(x: Any, *rest: Any) -> Any:
+        return function(x, *rest) if isinstance(x, nnx.NodeStates) else (x, *rest)[-1]
+
+    return jax.tree.map(at_leaf, tree, *others, is_leaf=lambda x: isinstance(x, nnx.NodeStates))
+
+
+def _variables(nnx: Any, tree: Any) -> list[Any]:
+    """The variables of a tree, and its arrays outside of variables."""
+    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+# The pair of gradients.
+
+
+class _Field(str):
+    """The name of a field of a pair, and who made the pair."""
+
+    made_by: MadeBy
+
+    def __new__(cls, name: str, made_by: MadeBy) -> "_Field":
+        """The name with the mark on it."""
+        self = super().__new__(cls, name)
+        self.made_by = made_by
+        return self
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class _Gradients(SAMGradients):
+    """The pair with its mark on the names of its fields.
+
+    `nnx.Optimizer` makes of it a mapping from these names to states, and drops what holds no array.
+    """
+
+    __slots__ = ()
+
+    def tree_flatten_with_keys(self) -> tuple[Any, MadeBy]:
+        """The fields that hold arrays, and the mark."""
+        names = [_Field(name, self.made_by) for name in self._fields[:-1]]
+        return [
+            (jax.tree_util.GetAttrKey(name), x) for name, x in zip(names, self, strict=False)
+        ], self.made_by
+
+    @classmethod
+    def tree_unflatten(cls, made_by: MadeBy, children: Any) -> "_Gradients":
+        """The pair again."""
+        return cls(*children, made_by)

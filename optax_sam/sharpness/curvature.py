@@ -329,8 +329,8 @@ def top_eigenpairs(
     Compare only solutions of one architecture, best at equal training loss.
 
     Args:
-      loss_fn: See `hessian_vector_product`, also for params and batches. A `GaussNewton` gives the eigenvalues
-        of the Gauss-Newton matrix.
+      loss_fn: See `hessian_vector_product`, also for params and batches. A `GaussNewton` gives the
+        eigenvalues of the Gauss-Newton matrix.
       params: The params.
       batches: The batches. All of them are kept in memory; a product processes one at a time.
       k: The number of eigenpairs, from 1 to the number of params.

@@ -102,14 +102,11 @@ def looksam(
         noise = 4 * rounding(gradients, params)
         sizes = by_part(_tree.norm, clean)
         orthogonal = by_part(_tree.reject, perturbed, clean)
-
-        def length_of(part: Any, size: jax.Array) -> jax.Array:
-            length = _tree.norm(part)
-            return jnp.where(length <= noise * size, 0.0, length)
-
+        lengths = by_part(_tree.norm, orthogonal)
+        usable = by_part(lambda length, size: jnp.where(length > noise * size, length, 0.0), lengths, sizes)
         # A gradient that is not finite leaves the memory as it was.
-        fresh = is_due(state) & jnp.isfinite(_tree.norm(orthogonal))
-        new = LookSAMMemory(orthogonal, by_part(length_of, orthogonal, sizes))
+        fresh = is_due(state) & jnp.isfinite(sum(jax.tree.leaves(lengths)))
+        new = LookSAMMemory(orthogonal, usable)
         memory = _tree.cast_like(_tree.select(fresh, new, state.memory), state.memory)
 
         def correct(gradient: Any, part: Any, length: jax.Array, size: jax.Array) -> Any:
