@@ -309,6 +309,30 @@ def _evaluate_by(
     return settle(variant.evaluate(loss, state), variant)
 
 
+def _checked(given: SAMGradients, like: Any) -> SAMGradients:
+    """The pair in float32 or better, in the structure of params."""
+    # Inside a mask the updates have holes, and the extra arguments have none.
+    clean, statistics = with_holes_of(like, given.clean), with_holes_of(like, given.statistics)
+    _checks.same_shapes("The perturbed gradient", given.perturbed, like, updates=True)
+    _checks.same_shapes("The clean gradient", clean, like, updates=True)
+    clean, perturbed, statistics = _tree.upcast((clean, given.perturbed, statistics))
+    return SAMGradients(clean, perturbed, statistics, given.made_by)
+
+
+def _check_ascent(ascent: Any, climb: Any, when: Any, evaluate: Any) -> None:
+    """Refuses functions that cannot be called as they will be, and those that stand in place of one another."""
+    _checks.takes("climb", climb, 3)
+    _checks.takes("when", when, 1)
+    _checks.takes("evaluate", evaluate, 2)
+    functions = {"ascent": ascent, "climb": climb, "when": when, "evaluate": evaluate}
+    excluded = {"evaluate": ("ascent", "climb", "when"), "climb": ("ascent",)}
+    for name, others in excluded.items():
+        for other in others:
+            if functions[name] is not None and functions[other] is not None:
+                msg = f"`{name}` stands in place of `{other}`: give one of them."
+                raise ValueError(msg)
+
+
 def _one_climb(ascent: ascents.Ascent | None, climb: Climb | None, when: When | None) -> Evaluate:
     """The evaluation rule of most variants: one ascent step, one more gradient."""
     rule = ascents.resolve(ascent)
@@ -398,21 +422,9 @@ def sharpness_aware(
       ['27.532', '66.263']
     """
     _checks.scalar_or_schedule(rho_name, rho)
-    functions = {
-        "descent": descent,
-        "climb": climb,
-        "evaluate": evaluate,
-        "init_memory": init_memory,
-        "when": when,
-    }
-    for name, function in functions.items():
-        _checks.takes(name, function, 1 + (name == "evaluate") + 2 * (name in ("climb", "descent")))
-    given = {"ascent": ascent, "climb": climb, "when": when}
-    for name in ("ascent",) if climb is not None else given if evaluate is not None else ():
-        if given[name] is not None:
-            other = "evaluate" if evaluate is not None else "climb"
-            msg = f"`{other}` stands in place of `{name}`: give one of them."
-            raise ValueError(msg)
+    _checks.takes("descent", descent, 3)
+    _checks.takes("init_memory", init_memory, 1)
+    _check_ascent(ascent, climb, when, evaluate)
     rule = _one_climb(ascent, climb, when) if evaluate is None else evaluate
     if ascent_only is None:
         ascent_only = descent is None and evaluate is None
@@ -446,13 +458,7 @@ def sharpness_aware(
             given = as_pair(updates, clean_updates, statistics, params)
         _refuse_pair_of_another(given.made_by, variant.made_by)
         like = given.perturbed if params is None else params
-        # Inside a mask the updates have holes, and the extra arguments have none.
-        given = given._replace(
-            clean=with_holes_of(like, given.clean), statistics=with_holes_of(like, given.statistics)
-        )
-        _checks.same_shapes("The perturbed gradient", given.perturbed, like, updates=True)
-        _checks.same_shapes("The clean gradient", given.clean, like, updates=True)
-        gradients = SAMGradients(*_tree.upcast(tuple(given)))
+        gradients = _checked(given, like)
         if descent is None:
             direction, memory = gradients.perturbed, state.memory
         else:
