@@ -320,7 +320,7 @@ def _checked(given: SAMGradients, like: Any) -> SAMGradients:
 
 
 def _check_ascent(ascent: Any, climb: Any, when: Any, evaluate: Any) -> None:
-    """Refuses functions that cannot be called as they will be, and those that stand in place of one another."""
+    """Refuses functions that cannot be called as they will be, and two that say the same thing."""
     _checks.takes("climb", climb, 3)
     _checks.takes("when", when, 1)
     _checks.takes("evaluate", evaluate, 2)
