@@ -40,8 +40,8 @@ def _explicit_mesh(batch: Sequence[Any], num_shards: int, together: int) -> Any:
         devices = int(np.prod([sharding.mesh.shape[name] for name in names]))
         if together % devices:
             msg = (
-                f"The batch is spread over {devices} devices, and of its {num_shards} shards {together} run "
-                f"at once: that must be a multiple of {devices}. Write `shard_mode='vmap'`, or an integer up to "
+                f"The batch is spread over {devices} devices, and {together} of its {num_shards} shards run "
+                f"at once: make that a multiple of {devices}. Write `shard_mode='vmap'`, or an integer up to "
                 f"`num_shards / {devices}` rounds."
             )
             raise ValueError(msg)

@@ -470,7 +470,7 @@ def test_the_mesh_is_that_of_the_arrays() -> None:
         run = jax.jit(
             optax_sam.sam_value_and_grad(loss, GSAM, batch_argnums=1, num_shards=8, shard_mode=mode)
         )
-        with pytest.raises(ValueError, match=r"spread over 4 devices, and of its 8 shards . run at once"):
+        with pytest.raises(ValueError, match=r"spread over 4 devices, and . of its 8 shards run at once"):
             run(put, put_batch, state=GSAM.init(params))
 
 
