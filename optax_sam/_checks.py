@@ -2,6 +2,7 @@
 
 import inspect
 import operator
+import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -107,6 +108,7 @@ def choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def params(tree: Any) -> None:
     """Refuses params that a perturbation cannot move: anything but floating-point arrays."""
+    _no_nnx_object(tree)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         dtype = getattr(leaf, "dtype", None)
         where = jax.tree_util.keystr(path) or "the only leaf"
@@ -125,6 +127,20 @@ def params(tree: Any) -> None:
                 else "pass it to the loss as another argument, outside params"
             )
             msg = f"params must be floating-point, got dtype {dtype} at {where}: {advice}."
+            raise TypeError(msg)
+
+
+def _no_nnx_object(tree: Any) -> None:
+    """Refuses a module of `flax.nnx`, which JAX opens like a pytree; variables and their states pass."""
+    kind = getattr(sys.modules.get("flax.nnx"), "Pytree", ())  # Where it is not imported there is no module.
+    for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kind)):
+        if isinstance(x, kind):
+            msg = (
+                f"params must be arrays, got a `{type(x).__name__}` of `flax.nnx`: what the loss changes in "
+                "it, such as the statistics of BatchNorm, would be lost. Write "
+                "`optax_sam.nnx.sam_value_and_grad` in place of `optax_sam.sam_value_and_grad`, or pass the "
+                "state of its params, `graphdef, params, rest = nnx.split(model, nnx.Param, ...)`."
+            )
             raise TypeError(msg)
 
 
