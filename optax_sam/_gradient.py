@@ -223,7 +223,7 @@ def in_loop(loop: Callable[[Callable[..., T]], T], turn: Callable[..., T], is_tr
     """
     if is_traced:
         return loop(turn)
-    is_disabled = jax.config.jax_disable_jit
+    is_disabled = cast("Any", jax.config).jax_disable_jit  # As a user may have asked for.
 
     def compiled(*args: Any) -> T:
         with jax.disable_jit(is_disabled):

@@ -23,7 +23,7 @@ from optax_sam._loss import (
 )
 from optax_sam._shards import evaluate_shards
 from optax_sam._state import SAMState, find_state, holds_variant, injected_arguments, match_structure
-from optax_sam._variant import SharpnessAwareTransformation, settle
+from optax_sam._variant import SharpnessAwareTransformation, checked_evaluation, settle
 
 
 @serializable
@@ -180,7 +180,7 @@ def sam_value_and_grad(
                 peers,
                 measures=return_metrics or current.compares,
             )
-            return current.evaluate(loss, sam_state)
+            return checked_evaluation(current.evaluate(loss, sam_state))
 
         # A single shard on each device is what a local perturbation is.
         peers = Peers(axis_name, local=perturbation == "local" or num_shards is not None)

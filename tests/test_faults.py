@@ -339,3 +339,79 @@ def test_the_form_of_contrib_sam(row: Row) -> None:
         TypeError, match=r"`optax.contrib.sam\(optimizer, .*after the variant in a chain: `optax.chain"
     ):
         row.constructor(optax.sgd(0.1))
+
+
+# Outside of `jit`.
+
+
+COMPILED: list[str] = []  # What was compiled since the last `clear`.
+
+
+def listen(event: str, duration: float, **kwargs: Any) -> None:
+    del duration
+    if "backend_compile" in event:
+        COMPILED.append(str(kwargs))
+
+
+jax.monitoring.register_event_duration_secs_listener(listen)
+
+IN_PARTS: dict[str, dict[str, Any]] = {
+    "microbatches": {"microbatch_size": 2},
+    "loop": {"num_shards": 2, "shard_mode": "loop"},
+    "rounds of microbatches": {"num_shards": 4, "shard_mode": 2, "microbatch_size": 1},
+}
+VECTOR, FOUR = jnp.array([1.0, 2.0]), jnp.arange(4.0)
+
+
+def quartic(w: Any, batch: Any) -> Any:
+    return jnp.mean(batch) * jnp.sum(w**4)
+
+
+@all_rows(*table.VARIANTS)
+def test_nothing_is_compiled_after_the_first_calls(row: Row) -> None:
+    """Operation by operation, whatever the loss and the parts of the batch."""
+    variant, tx = row.optimizer()
+    state, period = tx.init(VECTOR), max(2, len(row.evaluations))
+    how = IN_PARTS if row.constructor is optax_sam.sam else {"": IN_PARTS["rounds of microbatches"]}
+    for options in ({}, *how.values()):
+        value_and_grad = optax_sam.sam_value_and_grad(
+            quartic, variant, batch_argnums=1, return_metrics=True, **options
+        )
+        for i in range(2 * period):
+            if i == period:
+                COMPILED.clear()
+            _, grads, _ = value_and_grad(VECTOR, FOUR, state=state)
+            _, state = tx.update(grads, state, VECTOR)
+        assert COMPILED == []
+
+
+def test_nothing_is_compiled_by_ire_after_the_first_calls() -> None:
+    tx = optax_sam.ire(optax.sgd(0.1), interval=2)
+    state = tx.init(PARAMS)
+    for i in range(6):
+        if i == 2:
+            COMPILED.clear()
+        _, state = tx.update(PARAMS, state, PARAMS)
+    assert COMPILED == []
+
+
+@pytest.mark.parametrize("how", IN_PARTS)
+def test_loops_outside_of_jit_leave_the_functions_of_a_user_compiled(how: str) -> None:
+    """And where a user switched `jit` off, it stays off."""
+    traced = []
+
+    @jax.jit
+    def network(w: Any, batch: Any) -> Any:
+        traced.append(isinstance(batch, jax.core.Tracer))
+        return quartic(w, batch)
+
+    value_and_grad = optax_sam.sam_value_and_grad(network, SAM, batch_argnums=1, **IN_PARTS[how])
+    state = CHAIN.init(VECTOR)
+    found = value_and_grad(VECTOR, FOUR, state=state)
+    assert len(traced) <= 2  # Once, and once to find the shapes.
+    compiled = jax.jit(lambda w, state: value_and_grad(w, FOUR, state=state))(VECTOR, state)
+    chex.assert_trees_all_close(found, compiled, rtol=1e-5, atol=1e-6)
+    traced.clear()
+    with jax.disable_jit():
+        value_and_grad(VECTOR, FOUR, state=state)
+    assert len(traced) >= 4
