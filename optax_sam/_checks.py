@@ -173,6 +173,21 @@ def optimizer(name: str, value: Any) -> None:
         raise TypeError(msg)
 
 
+def mask(name: str, value: Any) -> None:
+    """Refuses what is no pytree of booleans or arrays; a function of params that returns one passes."""
+    if callable(value):
+        return
+    for path, leaf in jax.tree_util.tree_leaves_with_path(value):
+        if not isinstance(leaf, bool | int | np.bool_ | np.ndarray | jax.Array):
+            msg = (
+                f"`{name}` must be a pytree of booleans (or of arrays of zeros and ones), got {leaf!r} of "
+                f"type {type(leaf).__name__} at {jax.tree_util.keystr(path) or 'the only leaf'}. To select "
+                "by name write a function of params: `lambda params: jax.tree_util.tree_map_with_path(lambda "
+                "path, _: 'kernel' in str(path), params)`."
+            )
+            raise TypeError(msg)
+
+
 def floating(name: str, value: Any) -> None:
     """Refuses what is no floating-point dtype."""
     try:

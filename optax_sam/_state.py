@@ -119,6 +119,14 @@ def injected_arguments(state: optax.OptState, rho_name: str) -> dict[str, Any]:
         found.update(
             {name: jax.tree.leaves(x)[0] for name, x in cast("Mapping[str, Any]", hyperparams).items()}
         )
+        for name in getattr(node, "hyperparams_states", ()):
+            if jnp.issubdtype(jnp.result_type(found[name]), np.bool_):
+                msg = (
+                    f"`{name}` gives a boolean: it is a mask, a function of params, which "
+                    "`optax.inject_hyperparams` takes for a schedule of the step. Name it in the static "
+                    f'arguments, `static_args=("{name}",)`.'
+                )
+                raise ValueError(msg)
         return False
 
     jax.tree.leaves(state, is_leaf=look)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_sam import _checks, _tree
@@ -36,8 +37,15 @@ class AscentRule(NamedTuple):
     perturb: Ascent
     length: Callable[[optax.Updates, optax.Params], jax.Array] | None = None
 
-    def __call__(self, gradient: optax.Updates, rho: Any, params: optax.Params) -> optax.Updates:
+    def __call__(self, gradient: optax.Updates, rho: Any = None, params: Any = None) -> optax.Updates:
         """The perturbation of the rule."""
+        if rho is None:
+            msg = (
+                "An ascent rule is called with (gradient, rho, params), got one argument. Under "
+                "`optax.inject_hyperparams`, which takes it for a schedule, name it in the static arguments, "
+                '`static_args=("ascent",)`.'
+            )
+            raise TypeError(msg)
         return self.perturb(gradient, rho, params)
 
 
@@ -189,8 +197,9 @@ def unnormalized() -> AscentRule:
 def _broadcast(mask: Mask, params: optax.Params) -> Any:
     """The mask as a pytree of the structure of params."""
     tree = mask(params) if callable(mask) else mask
+    _checks.mask("mask", tree)
     try:
-        return jax.tree.map(lambda m, subtree: jax.tree.map(lambda _: m, subtree), tree, params)
+        full = jax.tree.map(lambda m, subtree: jax.tree.map(lambda _: m, subtree), tree, params)
     except (TypeError, ValueError) as error:
         msg = (
             "`mask` must be a pytree of booleans with the structure of params or of their upper levels, or a "
@@ -198,6 +207,18 @@ def _broadcast(mask: Mask, params: optax.Params) -> Any:
             f"{jax.tree.structure(params)}."
         )
         raise ValueError(msg) from error
+    of_leaves = jax.tree_util.tree_leaves_with_path(full)
+    if (
+        mask is not False
+        and of_leaves
+        and all(isinstance(m, bool | np.bool_) and not m for _, m in of_leaves)
+    ):
+        msg = (
+            "`mask` selects nothing: it is False for all params, whose paths are like "
+            f"{jax.tree_util.keystr(of_leaves[0][0]) or '(), the only leaf'}."
+        )
+        raise ValueError(msg)
+    return full
 
 
 def adaptive(
@@ -249,6 +270,7 @@ def adaptive(
     _checks.number("eta", eta, low=0.0)
     _checks.choice("granularity", granularity, ("elementwise", "leaf", "filter"))
     _checks.number("output_axis", output_axis, integer=True)
+    _checks.mask("mask", mask)
     inner = normalized(ord, eps)
 
     def size(w: jax.Array) -> jax.Array:
@@ -436,7 +458,7 @@ def masked(mask: Mask, rule: Ascent | None = None, *, norm: str = "selected") ->
       The rule.
 
     Raises:
-      ValueError: If `norm` is neither "selected" nor "all".
+      TypeError, ValueError: If `mask` is none or selects nothing, or `norm` is neither "selected" nor "all".
 
     Examples:
       Only what a path predicate selects:
@@ -456,6 +478,7 @@ def masked(mask: Mask, rule: Ascent | None = None, *, norm: str = "selected") ->
       Sharpness-Aware Minimization Stronger <https://arxiv.org/abs/2210.05177>`_, NeurIPS 2022 ("all").
     """
     _checks.choice("norm", norm, ("selected", "all"))
+    _checks.mask("mask", mask)
     inner = resolve(rule, "rule")
 
     def select(tree: Any, params: optax.Params) -> Any:

@@ -415,3 +415,65 @@ def test_loops_outside_of_jit_leave_the_functions_of_a_user_compiled(how: str) -
     with jax.disable_jit():
         value_and_grad(VECTOR, FOUR, state=state)
     assert len(traced) >= 4
+
+
+# Masks.
+
+
+def of_bias(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: "bias" in str(path), params)
+
+
+def test_masks_under_inject_hyperparams() -> None:
+    """Optax takes a function for a schedule: refused in words. Named as static it is the mask."""
+    masked = optax_sam.ascent.masked(of_bias)
+    mine = {"asam": optax_sam.asam(0.1, adaptive_mask=of_bias), "sam": optax_sam.sam(0.1, ascent=masked)}
+
+    def inject(constructor: Any, *static_args: str, **kwargs: Any) -> Any:
+        return optax.inject_hyperparams(constructor, static_args=static_args)(rho=0.1, **kwargs)
+
+    def factory(rho: Any, mask: Any) -> Any:
+        return optax_sam.sam(rho, ascent=optax_sam.ascent.masked(mask))
+
+    with pytest.raises(TypeError, match=r'for a schedule, name it in .* `static_args=\("ascent",\)`'):
+        inject(optax_sam.sam, ascent=masked).init(PARAMS)
+    for tx, name in (
+        (inject(optax_sam.asam, adaptive_mask=of_bias), "adaptive_mask"),
+        (inject(factory, mask=of_bias), "mask"),
+    ):
+        words = rf'`{name}` gives a boolean: it is a mask, .* `static_args=\("{name}",\)`'
+        with pytest.raises(ValueError, match=words):
+            evaluate(mine["asam"], tx.init(PARAMS))
+    for tx, name in (
+        (inject(optax_sam.asam, "adaptive_mask", adaptive_mask=of_bias), "asam"),
+        (inject(optax_sam.asam, adaptive_mask=of_bias(PARAMS)), "asam"),
+        (inject(optax_sam.sam, "ascent", ascent=masked), "sam"),
+        (inject(factory, "mask", mask=of_bias), "sam"),
+    ):
+        actual = evaluate(mine[name], tx.init(PARAMS))
+        chex.assert_trees_all_close(actual, evaluate(mine[name], mine[name].init(PARAMS)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("rule", [optax_sam.ascent.masked, lambda mask: optax_sam.asam(adaptive_mask=mask)])
+def test_what_is_no_mask(rule: Any) -> None:
+    for junk in ("bias", {"layer": "bias", "scale": False}, 0.5):
+        with pytest.raises(
+            TypeError, match=r"mask` must be a pytree of booleans .* got .* of type (str|float) at"
+        ):
+            rule(junk)
+
+
+def test_a_mask_that_selects_nothing() -> None:
+    """A wrong name in a predicate: the step would be a plain one for two gradients."""
+    nothing = jax.tree.map(lambda _: False, PARAMS)
+    for mask in (
+        nothing,
+        lambda params: jax.tree.map(lambda _: False, params),
+        {"layer": False, "scale": False},
+    ):
+        for rule in (optax_sam.ascent.masked(mask), optax_sam.ascent.adaptive(mask=mask)):
+            variant = optax_sam.sam(0.1, ascent=rule)
+            with pytest.raises(ValueError, match=r"selects nothing: .* paths are like \['layer'\]\['bias'\]"):
+                evaluate(variant, variant.init(PARAMS))
+    some = optax_sam.sam(0.1, ascent=optax_sam.ascent.masked(jax.tree.map(jnp.zeros_like, PARAMS)))
+    evaluate(some, some.init(PARAMS))  # Of arrays the values are not looked at: they may be traced.

@@ -2,13 +2,14 @@
 
 import optax
 
+from optax_sam import _checks
 from optax_sam import ascent as ascents
 from optax_sam._variant import SharpnessAwareTransformation, constructor, sharpness_aware
 
 
 @constructor
 def asam(
-    rho: optax.ScalarOrSchedule = 0.5, *, eta: float = 0.01, adaptive_mask: ascents.Mask | None = None
+    rho: optax.ScalarOrSchedule = 0.1, *, eta: float = 0.01, adaptive_mask: ascents.Mask | None = None
 ) -> SharpnessAwareTransformation:
     r"""Adaptive sharpness-aware minimization.
 
@@ -19,12 +20,14 @@ def asam(
       \epsilon = \rho\, T \frac{T g}{\|T g\|_2}, \quad T = |w| + \eta, \quad u = \nabla L(w + \epsilon)
 
     Args:
-      rho: The radius, >= 0, or a schedule of the step; 0 recovers the base optimizer. About ten times
-        SAM's: 0.5 to 2.
+      rho: The radius, >= 0, or a schedule of the step; 0 recovers the base optimizer. About twice SAM's is
+        safe; the paper takes 0.5 to 1, which collapsed in 2 of 12 and 1 of 6 cells of docs/tuning.md, all of
+        them of a network with BatchNorm at a large learning rate. Elsewhere up to 1 did well.
       eta: Added to the absolute weights; >= 0.
       adaptive_mask: Which leaves adapt: a pytree of booleans, a prefix of params, or a function of
         params that returns one; the others have T = 1. None: all of them. The published code leaves
-        biases out; leaf- and filter-wise T: `sam(ascent=optax_sam.ascent.adaptive(granularity=...))`.
+        biases out; leaf- and filter-wise T: `sam(ascent=optax_sam.ascent.adaptive(granularity=...))`. Under
+        `optax.inject_hyperparams` name it in `static_args`.
 
     Returns:
       A sharpness-aware transformation. Two gradient evaluations a step, no state but scalars.
@@ -48,4 +51,5 @@ def asam(
       Neural Networks <https://arxiv.org/abs/2102.11600>`_, ICML 2021.
     """
     mask = True if adaptive_mask is None else adaptive_mask
+    _checks.mask("adaptive_mask", mask)
     return sharpness_aware(rho, ascents.adaptive(eta, mask=mask))
