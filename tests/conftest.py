@@ -1,29 +1,119 @@
-"""Eight devices for all tests: the flag must stand before JAX starts."""
+"""Two tiers, eight devices, quick compilation, one seed for all generated cases, and what was counted."""
 
+import collections
 import os
 import random
+from collections.abc import Iterator
+from typing import Any
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-
-import chex
-import matplotlib as mpl
 import pytest
+import quick
+import tiers
 
-mpl.use("Agg")
+os.environ["MPLBACKEND"] = "agg"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("optax_sam")
+    group.addoption(
+        "--full", action="store_true", help="all tests, of all rows of the table, with all generated cases"
+    )
+    group.addoption("--as-users", action="store_true", help="compile as users do, and not in a hurry")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """What must stand before JAX starts; workers get it from the process that starts them."""
+    tiers.FULL = config.option.full
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        options = os.environ.get("XLA_FLAGS", "") if config.option.as_users else quick.flags()
+        os.environ["XLA_FLAGS"] = f"{options} --xla_force_host_platform_device_count=8".strip()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """From two to four processes for all tests, by the cores there are; none for a file or a test."""
+    few = any("::" in argument or argument.endswith(".py") for argument in config.args)
+    return 0 if few else max(2, min(4, os.cpu_count() or 2))
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    chosen = (
+        "everything, of every row of the table"
+        if config.option.full
+        else "every question, of the rows of the table that show every capability; --full asks everything"
+    )
+    how = "as users do" if config.option.as_users else "quickly; --as-users as users do"
+    return [
+        f"what runs: {chosen}",
+        f"compiled: {how}",
+        f"generated cases: --hypothesis-seed={config.option.hypothesis_seed} draws the same",
+    ]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what waits for `--full`, unless it is asked for by its name."""
+    if config.option.full or any("::" in argument for argument in config.args):
+        return
+    rows: dict[Any, dict[str, Any]] = collections.defaultdict(dict)
+    for item in items:
+        if row := _row(item):
+            rows[_function(item)][row.name] = row
+    chosen = {key: {row.name for row in tiers.cover(found.values())} for key, found in rows.items()}
+    kept, left = [], []
+    for item in items:
+        row = _row(item)
+        waits = row is not None and row.name not in chosen[_function(item)]
+        (left if waits or item.get_closest_marker("full") else kept).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)
+
+
+def _row(item: pytest.Item) -> Any:
+    """The row of the table that the question is asked of, if it is not asked of every one."""
+    call = getattr(item, "callspec", None)
+    return None if call is None or item.get_closest_marker("every_row") else call.params.get("row")
+
+
+def _function(item: pytest.Item) -> str:
+    return item.nodeid.split("[", maxsplit=1)[0]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Any:
+    tiers.COUNTS.clear()
+    try:
+        return (yield)
+    finally:
+        item.user_properties += [("counted", entry) for entry in tiers.COUNTS.items()]
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    total: collections.Counter[str] = collections.Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", None) == "call":
+                for name, (what, number) in report.user_properties:
+                    if name == "counted":
+                        total[what] += number
+    if total:
+        terminalreporter.write_line(", ".join(f"{number:,} {what}" for what, number in total.items()))
+
+
+@pytest.fixture
+def in_float64() -> Iterator[None]:
+    """64-bit numbers for a test, or for all tests of a file that asks for this fixture."""
+    import jax
+
+    with jax.enable_x64(True):
+        yield
 
 
 @pytest.fixture(autouse=True)
 def _fresh_trace_counter() -> None:
     # `chex.assert_max_traces` counts by the function's name, over all tests.
+    import chex
+
     chex.clear_trace_counter()
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_configure(config: pytest.Config) -> None:
-    """One seed for all generated cases, printed at the head: `--hypothesis-seed=N` repeats a run."""
-    if config.option.hypothesis_seed is None:
-        config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
-
-
-def pytest_report_header(config: pytest.Config) -> str:
-    return f"generated cases: --hypothesis-seed={config.option.hypothesis_seed}"

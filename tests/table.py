@@ -1,6 +1,7 @@
 """The one table of variants. Generic tests run over every row and choose by its fields, never by name."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,25 @@ class Row:
     divides_by_norm: bool = True
     # Whether the first pass is at params, and not at a random point nearby.
     clean_at_params: bool = True
+    # Whether the second evaluation is a Hessian-vector product, which costs almost two gradients.
+    product: bool = False
+
+    @functools.cached_property
+    def capabilities(self) -> frozenset[tuple[str, Any]]:
+        """What tests may depend on: without `--full` they take the fewest rows that show everything."""
+        variant = self.make()
+        fields = ("whole_optimizer", "base_at_zero", "scale_invariant", "divides_by_norm", "clean_at_params")
+        return frozenset(
+            {
+                *((name, getattr(self, name)) for name in (*fields, "product", "radius")),
+                *((name, getattr(variant, name)) for name in ("ascent_only", "compares")),
+                ("remembers", self.memory_copies > 0),
+                ("remembers scalars", self.memory_scalars > 0),
+                ("evaluations", min(3, max(self.evaluations))),
+                ("skips evaluations", len(self.evaluations) > 1),
+                ("contains an optimizer", "base_optimizer" in self.kwargs),
+            }
+        )
 
     def make(self, **overrides: Any) -> Any:
         """The variant of this row, with some arguments replaced."""
@@ -194,12 +214,13 @@ ROWS = (
     _row("custom_same", optax_sam.custom_same, algebra=30, kwargs={"rho": 0.1, "condition": 2.0}),
     _row("saner", optax_sam.saner, algebra=30, kwargs={"rho": 0.1, "keep": 0.5}),
     # One gradient and one Hessian-vector product: the loss is entered twice.
-    _row("hessian_sam", optax_sam.hessian_sam, kwargs={"rho": 0.1}),
+    _row("hessian_sam", optax_sam.hessian_sam, kwargs={"rho": 0.1}, product=True),
     _row(
         "hessian_sam_raw",
         optax_sam.hessian_sam,
         kwargs={"rho": 0.1, "normalize": False},
         scale_invariant=False,
+        product=True,
     ),
     _row(
         "hessian_sam_difference",

@@ -9,7 +9,6 @@ import optax
 import pytest
 import table
 from jax.sharding import PartitionSpec as P
-from quick import QUICK
 
 import optax_sam
 
@@ -39,7 +38,7 @@ def setting():
     return params, batch, SAM.init(params)
 
 
-@functools.partial(jax.jit, static_argnames="dtype", compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames="dtype")
 def by_hand(params, part, batch, *, dtype=jnp.float64):
     """SAM whose ascent sees its own part of the batch: value, clean and perturbed gradient."""
     cast = jax.tree.map(lambda x: x.astype(dtype), (params, part))
@@ -80,7 +79,7 @@ def test_the_first_examples():
 
     expected = by_hand(params, batch[:PART], batch)
     eager = evaluate(params, batch, state, ascent_examples=PART)
-    *whole, side_by_side, in_turn = jax.jit(run, compiler_options=QUICK)(params, batch)
+    *whole, side_by_side, in_turn = jax.jit(run)(params, batch)
     for got in (eager, *whole):
         assert_close(got, expected)
         (_, aux), _ = got
@@ -105,7 +104,7 @@ def test_on_devices(perturbation):
 
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     mapped = jax.shard_map(run, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
-    got = jax.jit(mapped, compiler_options=QUICK)(params, batch)
+    got = jax.jit(mapped)(params, batch)
     parts = batch.reshape(4, 4, 3)
     if shared:
         expected = by_hand(params, parts[:, :2].reshape(-1, 3), batch)
@@ -127,7 +126,7 @@ def test_less_precision():
             fun(params, batch, state=state),
         )
 
-    lower, of_part, params_only = jax.jit(run, compiler_options=QUICK)(params, batch)
+    lower, of_part, params_only = jax.jit(run)(params, batch)
     expected = by_hand(params, batch, batch, dtype=jnp.float32)
     assert_close(lower, expected, rtol=1e-5)
     assert_close(of_part, by_hand(params, batch[:PART], batch, dtype=jnp.float32), rtol=1e-5)
@@ -154,7 +153,7 @@ def test_whole_batch_in_its_own_precision_changes_nothing(row):
 
         return pair(), pair(ascent_examples=EXAMPLES, ascent_dtype=jnp.float64), pair(ascent_examples=0.5)
 
-    plain, same, part = jax.jit(run, compiler_options=QUICK)(params, batch)
+    plain, same, part = jax.jit(run)(params, batch)
     for x, y, z in zip(*map(jax.tree.leaves, (plain, same, part)), strict=True):
         np.testing.assert_allclose(y, x, rtol=1e-12)
         assert not np.allclose(z, x, rtol=1e-9)
@@ -241,7 +240,7 @@ def test_what_aux_holds_besides_arrays_is_of_the_examples_that_were_seen(how):
         counted, SAM, has_aux=True, batch_argnums=1, num_shards=4, ascent_examples=2, **how
     )
     (_, eager), _ = fun(params, batch, state=state)
-    (_, compiled), _ = jax.jit(fun, compiler_options=QUICK)(params, batch, state=state)
+    (_, compiled), _ = jax.jit(fun)(params, batch, state=state)
     for aux in (eager, compiled):
         assert aux["count"] == 4 * 2
         expected = batch.reshape(4, 4, 3)[:, :2].mean(axis=(0, 2))

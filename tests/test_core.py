@@ -12,12 +12,10 @@ import pytest
 import table
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from quick import QUICK
 
 import optax_sam
 from optax_sam import ascent
 
-quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 every_variant = pytest.mark.parametrize("row", table.VARIANTS, ids=lambda row: row.name)
 AT_ZERO = [row for row in table.ROWS if row.base_at_zero and not row.whole_optimizer]
 
@@ -85,7 +83,7 @@ def test_radius_zero_is_the_base_optimizer(form: str, precision: str) -> None:
         return found
 
     params, batch = table.params(dtype), table.batch(8, dtype)
-    found = quick_jit(on_devices(run, how))(params, batch)
+    found = jax.jit(on_devices(run, how))(params, batch)
     plain = jax.tree.map(lambda x: np.asarray(x, np.float32), jax.grad(loss)(params, batch))
     scale = max(np.max(np.abs(x)) for x in jax.tree.leaves(plain))
     for row in AT_ZERO:
@@ -104,7 +102,7 @@ def test_the_first_step_of_a_warm_up_is_the_base_optimizer() -> None:
         variant = row.make(**{row.radius: optax.linear_schedule(0.0, 0.1, 10)})
         state = variant.init(params)
         value_and_grad = optax_sam.sam_value_and_grad(table.loss, variant, num_shards=2, batch_argnums=1)
-        _, grads = quick_jit(value_and_grad)(params, batch, state=state)
+        _, grads = jax.jit(value_and_grad)(params, batch, state=state)
         direction, state = variant.update(grads, state, params)
         if variant.compares:
             chex.assert_trees_all_equal(direction, grads.clean)
@@ -197,7 +195,7 @@ def test_injected_arguments_count_in_the_evaluation() -> None:
         right = optax.chain(make(**injected), optax.sgd(0.01))
         runs = []
         for variant, optimizer in ((make(**bare), tx), (make(**injected), right)):
-            step = quick_jit(optax_sam.sam_value_and_grad(table.loss, variant))
+            step = jax.jit(optax_sam.sam_value_and_grad(table.loss, variant))
             state, w, seen = optimizer.init(params), params, []
             for _ in range(4):
                 _, grads = step(w, batch, state=state)
@@ -232,7 +230,7 @@ def compare_doors(row: table.Row, tx: Any, evaluate_with: Any = None, *, all_par
     ends = []
     for door in ("pair", "grad_fn"):
 
-        @quick_jit
+        @jax.jit
         def step(params: Any, state: Any, batch: Any, door: str = door) -> Any:
             if door == "grad_fn":
                 extra = {"all_params": params} if all_params else {}
@@ -394,7 +392,7 @@ def test_a_radius_that_was_set_keeps_its_type(rho: Any) -> None:
         assert state.rho.dtype == jnp.float32
         assert not state.rho.weak_type
         pair = optax_sam.SAMGradients(params, params)
-        compiled = quick_jit(sam.update).lower(pair, state, params).compile()
+        compiled = jax.jit(sam.update).lower(pair, state, params).compile()
         changed = optax.tree.set(state, rho=rho)
         _, after = compiled(pair, optax.tree.set(state, rho=jnp.asarray(rho, jnp.float32)), params)
         _, eager = sam.update(pair, changed, params)
@@ -445,8 +443,8 @@ def test_shards_with_tensor_parallel_params_on_an_explicit_mesh(name: str) -> No
             return value_and_grad(params, batch, state=variant.init(params))[1]
 
         with jax.set_mesh(grid):
-            found = quick_jit(functools.partial(run, parallel_loss))(put, put_batch)
-        expected = quick_jit(functools.partial(run, plain_loss))(params, batch)
+            found = jax.jit(functools.partial(run, parallel_loss))(put, put_batch)
+        expected = jax.jit(functools.partial(run, plain_loss))(params, batch)
         chex.assert_trees_all_close(
             jax.device_get(found[:2]), jax.device_get(expected[:2]), rtol=1e-4, atol=1e-5
         )
@@ -462,7 +460,7 @@ def test_the_mesh_is_that_of_the_arrays() -> None:
         return jnp.mean(jnp.sum(jnp.tanh(batch @ params["kernel"]) @ params["out"], axis=-1) ** 2)
 
     for how in ({"num_shards": 4}, {"num_shards": 8, "shard_mode": 2}):
-        run = quick_jit(optax_sam.sam_value_and_grad(loss, GSAM, batch_argnums=1, **how))
+        run = jax.jit(optax_sam.sam_value_and_grad(loss, GSAM, batch_argnums=1, **how))
         found = run(put, put_batch, state=GSAM.init(params))
         expected = run(params, batch, state=GSAM.init(params))
         chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), rtol=1e-4, atol=1e-5)
@@ -488,9 +486,7 @@ def test_the_ascent_along_another_loss() -> None:
         value_and_grad = optax_sam.sam_value_and_grad(
             table.loss, optax_sam.sam(0.1), ascent_loss=other, return_metrics=True, **how
         )
-        value, grads, metrics = quick_jit(value_and_grad)(
-            params, batch, state=optax_sam.sam(0.1).init(params)
-        )
+        value, grads, metrics = jax.jit(value_and_grad)(params, batch, state=optax_sam.sam(0.1).init(params))
         chex.assert_trees_all_close(grads.perturbed, expected, rtol=1e-4, atol=1e-5)
         chex.assert_trees_all_close(grads.clean, jax.grad(other)(params, batch), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(value, other(params, batch), rtol=1e-5)
@@ -573,7 +569,7 @@ def test_a_composite_loss_in_all_forms(form: str) -> None:
         (_, aux), grads = value_and_grad(params, *batch, state=variant.init(params))
         return aux if "axis_name" not in how else 0.0, grads[:2]
 
-    aux, found = quick_jit(on_devices(run, how))(params, (x, y))
+    aux, found = jax.jit(on_devices(run, how))(params, (x, y))
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
     if "axis_name" not in how:
         np.testing.assert_allclose(aux["mean"], jnp.mean(x), rtol=1e-5)
@@ -611,7 +607,7 @@ def test_a_gate_leaves_the_second_gradient_out() -> None:
     """`when` of the state alone: sam in every second step, the plain gradient in between."""
     variant = optax_sam.sharpness_aware(0.1, when=lambda state: state.step % 2 == 0)
     params, batch = table.params(), table.batch()
-    value_and_grad = quick_jit(optax_sam.sam_value_and_grad(table.loss, variant, return_metrics=True))
+    value_and_grad = jax.jit(optax_sam.sam_value_and_grad(table.loss, variant, return_metrics=True))
     state = variant.init(params)
     for i in range(4):
         _, grads, metrics = value_and_grad(params, batch, state=state)

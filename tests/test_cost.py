@@ -10,7 +10,6 @@ import networks
 import optax
 import pytest
 import table
-from quick import QUICK
 from timing import flops, temporary_bytes
 
 import optax_sam
@@ -32,7 +31,7 @@ def problem(name: str = "mlp") -> networks.Problem:
 def compiled(step: Any, state: Any, name: str = "mlp", overwrites: bool = False) -> Any:
     params, stats, batch = problem(name).params, problem(name).stats, problem(name).batch
     # What is counted here is settled before the optimizations of the backend, which take their time.
-    program = jax.jit(step, compiler_options=QUICK, donate_argnums=(0, 1) if overwrites else ())
+    program = jax.jit(step, donate_argnums=(0, 1) if overwrites else ())
     return program.lower(params, state, stats, batch).compile()
 
 

@@ -12,7 +12,6 @@ import pytest
 import table
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from quick import QUICK
 
 import optax_sam
 from benchmarks import hlo
@@ -129,7 +128,7 @@ def reference(name):
         return tuple(step(c, parts) for c, parts in zip(carries, splits, strict=True))
 
     params = make_params()
-    return jax.device_get(jax.jit(several(run), compiler_options=QUICK)((params, tx.init(params)), batch))
+    return jax.device_get(jax.jit(several(run))((params, tx.init(params)), batch))
 
 
 def assert_same(result, row):
@@ -154,7 +153,7 @@ def test_pmap(row):
     params, batch = make_params(), make_batch()
     run = jax.pmap(several(both(step, True)), axis_name="data", in_axes=(None, 0), out_axes=None)
     arguments = (params, tx.init(params)), batch.reshape(DEVICES, -1, 8)
-    result = run.lower(*arguments).compile(compiler_options=QUICK)(*arguments)
+    result = run.lower(*arguments).compile()(*arguments)
     assert_same(result, row)
     assert_on_every_device(result)
 
@@ -171,7 +170,7 @@ def test_shard_map(row, check_vma):
         out_specs=P(),
         check_vma=check_vma,
     )
-    result = jax.jit(run, compiler_options=QUICK)((params, tx.init(params)), make_batch())
+    result = jax.jit(run)((params, tx.init(params)), make_batch())
     assert_same(result, row)
     assert_on_every_device(result)
 
@@ -194,7 +193,7 @@ def test_jit(row, form):
     # What the step hands back lies where it came from, as a training loop needs it.
     out = (jax.tree.map(lambda x: x.sharding, (like, like)), NamedSharding(mesh, P()))
     with jax.set_mesh(mesh) if form == "explicit" else contextlib.nullcontext():
-        result = jax.jit(several(both(step, False)), out_shardings=out, compiler_options=QUICK)(like, batch)
+        result = jax.jit(several(both(step, False)), out_shardings=out)(like, batch)
     assert_same(result, row)
     if form != "fsdp":
         assert_on_every_device(result)

@@ -13,11 +13,8 @@ import pytest
 import table
 from flax.training.train_state import TrainState
 from jax.sharding import PartitionSpec
-from quick import QUICK
 
 import optax_sam
-
-quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 RHO, ALPHA = 0.1, 0.5
 VARIANT = optax_sam.wsam(RHO, alpha=ALPHA)  # Uses both gradients: to lose one of them shows.
@@ -64,7 +61,7 @@ def train(tx: Any, door: Callable[..., Any], steps: int = STEPS) -> Any:
     params = PARAMS
     state = tx.init(params)
 
-    @quick_jit
+    @jax.jit
     def step(params: Any, state: Any, batch: Any) -> Any:
         _, grads = VALUE_AND_GRAD(params, batch, state=state)
         updates, state = door(tx, grads, state, params)
@@ -302,13 +299,13 @@ def test_lbfgs_with_a_line_search() -> None:
     state, expected_state = tx.init(PARAMS), base.init(PARAMS)
     loss = functools.partial(table.loss, batch=table.batch())
 
-    @quick_jit
+    @jax.jit
     def step(params: Any, state: Any) -> Any:
         value, grads = VALUE_AND_GRAD(params, table.batch(), state=state)
         updates, state = tx.update(grads, state, params, value=value, grad=grads.clean, value_fn=loss)
         return optax.apply_updates(params, updates), state
 
-    @quick_jit
+    @jax.jit
     def step_by_hand(params: Any, state: Any, u: Any) -> Any:
         value, clean = jax.value_and_grad(loss)(params)
         updates, state = base.update(u, state, params, value=value, grad=clean, value_fn=loss)

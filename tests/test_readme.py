@@ -145,7 +145,9 @@ def test_public_docstrings() -> None:
                 if part == "Args:" and not inspect.signature(value).parameters:
                     continue
                 measures = module.__name__.startswith(("optax_sam.sharpness", "optax_sam.landscape"))
-                if part == "References:" and (measures or name in ("sharpness_aware", "constructor", "resolve")):
+                if part == "References:" and (
+                    measures or name in ("sharpness_aware", "constructor", "resolve")
+                ):
                     continue
                 assert part in (value.__doc__ or ""), f"{module.__name__}.{name} lacks {part}"
 

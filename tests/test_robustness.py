@@ -11,27 +11,21 @@ import numpy as np
 import optax
 import pytest
 import table
+import tiers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quick import QUICK
 
 import optax_sam
 from optax_sam import _tree, ascent
 
 every_row = pytest.mark.parametrize("row", table.ROWS, ids=lambda row: row.name)
 
-# Generated cases, over 2,000 in all. The head of the report shows the seed.
+# Generated cases, 2,200 in all with `--full`. The report shows their seed, and at its end their number.
 CASES = {"norms": 700, "perturbations": 600, "steps": 400, "variants": 500}
 
 
 def cases(name: str) -> Any:
-    return settings(max_examples=CASES[name], deadline=None, database=None, print_blob=True)
-
-
-@pytest.fixture
-def in_float64() -> Any:
-    with jax.enable_x64(True):
-        yield
+    return settings(max_examples=tiers.cases(CASES[name]), deadline=None, database=None, print_blob=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +80,7 @@ def exact_norm(leaves: Any) -> np.longdouble:
 @given(TREES, SEEDS)
 def test_norms(tree: Any, seed: int) -> None:
     """Global norms and inner products to the accuracy of float32, without overflow or underflow."""
+    tiers.count("generated cases")
     a, b = grow(tree, seed), grow(tree, seed + 1)
     norm = exact_norm(exact(a))
     np.testing.assert_allclose(float(_tree.norm(a)), float(norm), rtol=3e-6)
@@ -119,6 +114,7 @@ RULES = {
 @given(TREES, SEEDS, st.sampled_from(sorted(RULES)), st.floats(0.0, 10.0), st.booleans())
 def test_perturbations(tree: Any, seed: int, name: str, rho: float, masks: bool) -> None:
     """Finite, uphill, of length rho where the rule has a length, and zero where masked or where g is."""
+    tiers.count("generated cases")
     gradient, params = grow(tree, seed), grow(tree, seed + 1, scaled=False)
     rule = RULES[name]
     mask = jax.tree.map(lambda x: x.masked or not masks, tree)
@@ -151,6 +147,7 @@ ACCURACY = {jnp.float16: 4e-3, jnp.bfloat16: 3e-2, jnp.float32: 1e-5, jnp.float6
 @given(TREES, SEEDS, st.sampled_from([0.0, 0.01, 0.5, 20.0]), st.booleans())
 def test_steps(tree: Any, seed: int, rho: float, masks: bool) -> None:
     """SAM's two gradients of a quadratic with slopes and curvatures of any scale, against numpy."""
+    tiers.count("generated cases")
     params = grow(tree, seed, scaled=False)
     slope = grow(tree, seed + 1)
     curvature = jax.tree.map(jnp.abs, grow(tree, seed + 2))
@@ -184,7 +181,7 @@ def compiled(name: str, dtype: Any) -> Any:
     del dtype  # The program depends on it.
     variant = table.BY_NAME[name].make()
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def step(params: Any, slope: Any, curvature: Any) -> Any:
         def loss(params: Any) -> Any:
             terms = jax.tree.map(lambda w, a, b: jnp.sum(a * w + b * w**2 / 2), params, slope, curvature)
@@ -205,13 +202,14 @@ FIXED = (Leaf((2, 3), None, 0, False), {"a": Leaf((3,), None, 0, False), "b": Le
 
 @cases("variants")
 @given(
-    st.sampled_from(table.ROWS),
+    st.sampled_from(tiers.some(table.ROWS)),
     st.sampled_from(ROW_DTYPES),
     st.lists(st.integers(-30, 30), min_size=3, max_size=3),
     SEEDS,
 )
 def test_variants(row: table.Row, dtype: Any, exponents: list[int], seed: int) -> None:
     """Two steps of any variant at any scale of the gradient: finite if that is, in the dtype of params."""
+    tiers.count("generated cases")
     leaves, structure = jax.tree.flatten(FIXED)
     if not row.scale_invariant:  # These step as far as the gradient says: they may leave the range.
         exponents = [min(x, 3) for x in exponents]
@@ -228,6 +226,7 @@ def test_variants(row: table.Row, dtype: Any, exponents: list[int], seed: int) -
 
 def test_enough_cases() -> None:
     assert sum(CASES.values()) >= 2000
+    assert all(tiers.cases(number) >= 40 for number in CASES.values())
 
 
 @every_row
@@ -243,7 +242,7 @@ def test_faults(row: table.Row) -> None:
         x, factor = batch
         return factor * table.loss(params, x)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def step(params: Any, state: Any, batch: Any) -> Any:
         _, grads = optax_sam.sam_value_and_grad(loss, variant)(params, batch, state=state)
         updates, state = tx.update(
@@ -273,6 +272,7 @@ def test_faults(row: table.Row) -> None:
 
     factors = rng.choice([0.0, 1.0, 1e-30, 1e10, 1e25], size=300).astype(np.float32)
     chex.assert_tree_all_finite(run(zip(xs, factors, strict=True))[:2])
+    tiers.count("steps with bad batches", 2 * len(xs))
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])

@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 import table
-from quick import QUICK
 
 import optax_sam
 from optax_sam._loss import Loss, Pass, Peers
@@ -22,7 +21,7 @@ def evaluate(variant, params, batch, *, jit=True, loss=table.loss, **how):
     def run(params, state, batch):
         return optax_sam.sam_value_and_grad(loss, variant, **how)(params, batch, state=state)
 
-    return (jax.jit(run, compiler_options=QUICK) if jit else run)(params, variant.init(params), batch)
+    return (jax.jit(run) if jit else run)(params, variant.init(params), batch)
 
 
 def assert_close(got, want, rtol=1e-12, atol=1e-13):
@@ -60,7 +59,7 @@ def test_parts_are_the_mean_of_single_evaluations(row):
             return jax.tree.map(lambda x: jnp.mean(x, axis=0), expected), shards, full, microbatches
 
         # One program, to compile once.
-        expected, shards, full, microbatches = jax.jit(run, compiler_options=QUICK)(batch)
+        expected, shards, full, microbatches = jax.jit(run)(batch)
         for result in shards:
             assert_close(result, expected)
         assert_close(microbatches, full)
@@ -104,9 +103,7 @@ def test_several_batch_arguments_and_trees():
     for how in ({"num_shards": 4}, {"num_shards": 4, "shard_mode": 2}, {"microbatch_size": 2}):
         split = optax_sam.sam_value_and_grad(loss, SAM, has_aux=True, batch_argnums=(1, 3), **how)
         images = {"x": batch["x"], "z": batch["z"]}
-        got = jax.jit(lambda *args, split=split: split(*args, state=state), compiler_options=QUICK)(
-            params, images, 2.0, batch["y"]
-        )
+        got = jax.jit(lambda *args, split=split: split(*args, state=state))(params, images, 2.0, batch["y"])
         want = evaluate(SAM, params, batch, loss=joined, has_aux=True, batch_argnums=1, **how)
         assert_close(got, want, rtol=1e-6)
         np.testing.assert_allclose(got[0][1]["mean"], jnp.mean(batch["z"]), rtol=1e-5)

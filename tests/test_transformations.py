@@ -1,7 +1,6 @@
 """A whole training step under JAX's transformations, and in Equinox's and Haiku's ways of writing it."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import chex
@@ -14,12 +13,10 @@ import optax
 import pytest
 import table
 from jax import export
-from quick import QUICK
 
 import optax_sam
 
 every_variant = pytest.mark.parametrize("row", table.VARIANTS, ids=lambda row: row.name)
-quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def make_step(row: table.Row, loss: Any = table.loss) -> Any:
@@ -59,10 +56,10 @@ def test_ensemble_over_seeds_and_radii() -> None:
     radii = jnp.array([0.0, 0.05, 0.5])
     seeds = jnp.arange(3)
     over_radii = jax.vmap(train, in_axes=(None, 0))
-    (params, state), values = quick_jit(jax.vmap(over_radii, in_axes=(0, None)))(seeds, radii)
+    (params, state), values = jax.jit(jax.vmap(over_radii, in_axes=(0, None)))(seeds, radii)
     assert values.shape == (3, 3, 3)
     np.testing.assert_allclose(optax.tree.get(state, "SAMState").rho, np.tile(radii, (3, 1)))
-    alone = quick_jit(train)
+    alone = jax.jit(train)
     for i in range(3):
         for j in range(3):
             (expected, _), expected_values = alone(seeds[i], radii[j])
@@ -100,15 +97,13 @@ def test_donation_and_ahead_of_time(row: table.Row) -> None:
     """Params and state are given away and reused in place; a step compiled ahead of time is that step."""
     step, tx = make_step(row)
     params, state, batch = table.params(), tx.init(table.params()), table.batch()
-    compiled = (
-        jax.jit(step, donate_argnums=(0, 1), compiler_options=QUICK).lower(params, state, batch).compile()
-    )
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batch).compile()
     given = jax.tree.map(jnp.copy, (params, state))
     outputs = compiled(*given, batch)
     assert all(x.is_deleted() for x in jax.tree.leaves(given[0]))
     memory = [x for x in jax.tree.leaves(given[1]) if x.ndim]
     assert all(x.is_deleted() for x in memory)
-    chex.assert_trees_all_close(outputs, quick_jit(step)(params, state, batch), rtol=1e-6)
+    chex.assert_trees_all_close(outputs, jax.jit(step)(params, state, batch), rtol=1e-6)
     compiled(*outputs[:2], batch)  # The new state fits the same program.
 
 
@@ -119,8 +114,8 @@ def test_rematerialisation(row: table.Row) -> None:
     plain, tx = make_step(row)
     checkpointed, _ = make_step(row, jax.checkpoint(table.loss))
     state = tx.init(params)
-    expected = quick_jit(plain)(params, state, batch)
-    chex.assert_trees_all_close(quick_jit(checkpointed)(params, state, batch), expected, rtol=1e-5, atol=1e-6)
+    expected = jax.jit(plain)(params, state, batch)
+    chex.assert_trees_all_close(jax.jit(checkpointed)(params, state, batch), expected, rtol=1e-5, atol=1e-6)
 
 
 # Optax's own types are for the user to name, if an exported function takes them.

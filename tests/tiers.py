@@ -1,0 +1,42 @@
+"""Two tiers: without options what a change is likely to break, with `--full` everything.
+
+A question that is asked of rows of the table is asked, without `--full`, of the fewest of them that show
+every capability; marks say what else waits for `--full`, and what is asked of every row all the same.
+"""
+
+import collections
+from collections.abc import Iterable
+from typing import Any
+
+FULL = False
+"""Whether everything runs; set by `conftest.py`, before any test is imported."""
+
+COUNTS: collections.Counter[str] = collections.Counter()
+"""What the running test has counted, for the last lines of the report."""
+
+
+def cases(count: int) -> int:
+    """How many of so many generated cases this tier draws."""
+    return count if FULL else count // 10
+
+
+def count(what: str, number: int = 1) -> None:
+    """Adds to a count that the report shows."""
+    COUNTS[what] += number
+
+
+def cover(rows: Iterable[Any]) -> list[Any]:
+    """The fewest of these rows, or nearly so, that show all of their capabilities."""
+    rows = list(rows)
+    missing = set().union(*(row.capabilities for row in rows))
+    found = []
+    while missing:
+        best = max(rows, key=lambda row: len(row.capabilities & missing))
+        found.append(best)
+        missing -= best.capabilities
+    return found
+
+
+def some(rows: Iterable[Any]) -> list[Any]:
+    """Of these rows, those that a test should take that goes through them itself."""
+    return list(rows) if FULL else cover(rows)
