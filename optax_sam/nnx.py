@@ -107,11 +107,12 @@ def sam_value_and_grad(
         _refuse_plain_radius(nnx, state)
         with nnx.update_context(_TAG):
             nodes, trees = _split(nnx, args, kwargs, filters, trained)
-            counts = [(x, x.get_value()) for x in _variables(nnx, nodes) if isinstance(x, nnx.RngCount)]
+            counters = [x for x in _variables(nnx, nodes) if in_parts and isinstance(x, nnx.RngCount)]
+            counts = [x.get_value() for x in counters]
             output, grads, *metrics = evaluate(*trees, state=state, loss_scale=loss_scale, nodes=nodes)
             value, (aux, after, parts) = output
             _, aux = nnx.from_tree((_filled(after, (trees, nodes)), aux), ctxtag=_TAG, is_inner=False)
-        for counter, old in counts if in_parts else ():
+        for counter, old in zip(counters, counts, strict=True):
             # It holds the sum over all parts, which may have wrapped around; so may the difference.
             counter.set_value(old + (counter.get_value() - parts * old) // parts)
         # New variables: NNX drops one of two that are the same object.
