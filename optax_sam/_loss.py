@@ -8,14 +8,15 @@ import ast
 import contextlib
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import export
 
-from optax_sam import _tree
+from optax_sam import _checks, _tree
 
 AxisName = str | tuple[str, ...]
 
@@ -127,16 +128,26 @@ class Peers(NamedTuple):
     shard_axis: str | None = None
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Mark:
+    """A truth about a pass that is known before anything is computed."""
+
+    is_true: bool = False
+
+
 class Pass(NamedTuple):
     """One evaluation of the loss and its gradient.
 
     Attributes:
       value: The loss. shape=()
-      gradient: Its gradient, a pytree like params.
+      gradient: Its gradient, a pytree like params, in the dtypes in which it was computed: cast it to float32
+        before you measure a norm.
       aux: What else the loss returned.
       cotangent: The derivative of the loss by the outputs of the network, if the loss is a `CompositeLoss`.
       displacement: Norm of the distance between params and the point of evaluation; 0 if nobody asks for
         it. shape=()
+      is_shared: Whether it is averaged over devices already.
     """
 
     value: jax.Array
@@ -144,6 +155,7 @@ class Pass(NamedTuple):
     aux: Any = None
     cotangent: Any = None
     displacement: Any = 0.0
+    is_shared: _Mark = _Mark()
 
 
 class Evaluation(NamedTuple):
@@ -242,6 +254,8 @@ class Loss:
         return jax.lax.pmean(tree, self.peers.axis)
 
     def _evaluate(self, pass_at: PassAt, perturbation: Any, cotangent: Any = None) -> Pass:
+        if perturbation is not None:
+            _checks.same_shapes("A perturbation", perturbation, self.params)
         point = self.params if perturbation is None else _tree.displace(self.params, perturbation)
         displacement = jnp.zeros((), jnp.float32)
         if perturbation is not None and self.measures:
@@ -263,7 +277,7 @@ class Loss:
         if not self._shares_ascent:
             return here
         value, gradient, displacement = self._average((here.value, here.gradient, here.displacement))
-        return here._replace(value=value, gradient=gradient, displacement=displacement)
+        return here._replace(value=value, gradient=gradient, displacement=displacement, is_shared=_Mark(True))
 
     def at(self, perturbation: optax.Updates | None = None, *, cotangent_of: Pass | None = None) -> Pass:
         """The gradient at the perturbed point, on this part of the batch.
@@ -302,16 +316,29 @@ class Loss:
         All that is not averaged over devices yet is averaged here, in one all-reduce.
 
         Args:
-          first: A pass of `ascent`; its value and aux are reported.
+          first: A pass of `ascent`; or, as the only pass, of `at`. Its value and aux are reported.
           second: A pass of `at`; or a function that makes it, to be called where `when` is true; or None:
             one gradient stands for both.
-          when: Whether this step pays for the second pass; None: yes. Must be alike on all peers: a function
-            of the variant's state, or of what `mean` returned.
-          statistics: What else `descent` needs, measured in the first pass.
+          when: Whether this step pays for the second pass, a boolean scalar; None: yes. Must be alike on all
+            peers: a function of the variant's state, or of what `mean` returned. Nothing checks that.
+          statistics: What else `descent` needs, measured in the first pass: it arrives there as
+            `gradients.statistics`, averaged over shards and devices.
 
         Returns:
           What an evaluation rule returns.
+
+        Raises:
+          TypeError: If `first` is no pass, or `when` no boolean scalar.
         """
+        if not isinstance(cast("Any", first), Pass):
+            msg = f"`first` must be a pass, such as `loss.ascent()`, got {type(first).__name__}."
+            raise TypeError(msg)
+        if when is not None and (np.shape(when) or jnp.result_type(when) != jnp.bool_):
+            msg = (
+                "`when` must be a boolean scalar, such as `state.step % 2 == 0`, got shape "
+                f"{np.shape(when)} and dtype {jnp.result_type(when)}."
+            )
+            raise TypeError(msg)
         if when is None or second is None:
             evaluation = self._combine(first, second() if callable(second) else second, statistics)
             return evaluation._replace(aux=first.aux)
@@ -320,29 +347,28 @@ class Loss:
             return self._combine(first, second() if callable(second) else second, statistics)
 
         evaluation = _tree.cond_or_if(when, paid, lambda: self._combine(first, None, statistics))
-        if self._average_is_done:
+        if self._is_averaged(first):
             # Keep the clean half out of the conditional, which would copy it.
             gradients = evaluation.gradients._replace(clean=first.gradient, statistics=statistics)
             evaluation = evaluation._replace(value=first.value, gradients=gradients)
         return evaluation._replace(aux=first.aux)
 
-    @property
-    def _average_is_done(self) -> bool:
+    def _is_averaged(self, first: Pass) -> bool:
         """Whether nothing of the first pass is left to be averaged in `pair`."""
-        return self.peers.axis is None or self.peers.num_shards > 1 or self._shares_ascent
+        return self.peers.axis is None or self.peers.num_shards > 1 or first.is_shared.is_true
 
     def _combine(self, first: Pass, second: Pass | None, statistics: Any) -> Evaluation:
         first = first._replace(aux=None, cotangent=None)
         second = None if second is None else second._replace(aux=None, cotangent=None)
-        if self._average_is_done:
+        if self._is_averaged(first):
             second = self._average(second)
         else:
             first, second, statistics = self._average((first, second, statistics))
         if second is None:
             # A copy, which costs a compiled program nothing: flax.nnx drops one of two fields that are the
-            # same object. The product with NaN keeps the mark of what differs between devices.
-            unknown = first.value * jnp.nan if self.measures else first.value
-            second = first._replace(gradient=jax.tree.map(jnp.copy, first.gradient), value=unknown)
+            # same object.
+            value = _tree.unknown(first.value) if self.measures else first.value
+            second = first._replace(gradient=jax.tree.map(jnp.copy, first.gradient), value=value)
             moved = jnp.zeros_like(first.displacement)
         else:
             moved = first.displacement + second.displacement
@@ -361,7 +387,8 @@ class Loss:
         """The mean of a number over all peers: what a decision must be made of that all take alike.
 
         A value that a gradient or a loss went into differs between shards and devices. Each would decide for
-        itself, and devices that wait for one another would hang.
+        itself, and devices that wait for one another would hang. Note that the mean of the norms of shards is
+        not the norm of the mean gradient: it grows with the number of shards.
 
         Args:
           x: A scalar. shape=()
@@ -372,6 +399,9 @@ class Loss:
         Raises:
           ValueError: If shards run one after the other, so that no decision can be made of all.
         """
+        if len(jax.tree.leaves(x)) != 1 or np.shape(jax.tree.leaves(x)[0]):
+            msg = f"`loss.mean` takes a scalar, such as a norm, got shapes {jax.tree.map(np.shape, x)}."
+            raise TypeError(msg)
         x = jax.lax.stop_gradient(_tree.upcast(jnp.asarray(x)))
         if self.peers.num_shards > 1:
             if self.peers.shard_axis is None:

@@ -1,7 +1,7 @@
 """Tree arithmetic that `optax.tree` lacks: in float32 or better, and right on sharded leaves."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,20 @@ def cond_or_if(predicate: jax.Array, if_true: Callable[[], Any], if_false: Calla
 def upcast(tree: Any) -> Any:
     """The tree with every leaf in float32 or better."""
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+
+def upcast_floats(tree: Any) -> Any:
+    """The tree with its floating-point leaves in float32 or better, and all others as they are."""
+
+    def up(x: Any) -> Any:
+        dtype = jnp.result_type(x)
+        return (
+            jnp.asarray(x, jnp.promote_types(dtype, jnp.float32))
+            if jnp.issubdtype(dtype, jnp.floating)
+            else x
+        )
+
+    return jax.tree.map(up, tree)
 
 
 def zeros_like(tree: Any) -> Any:
@@ -190,6 +204,15 @@ def displace(params: Any, perturbation: Any) -> Any:
 def displacement_norm(point: Any, params: Any) -> jax.Array:
     """The norm of `point - params`: of a perturbation, what rounding to the dtype has left of it."""
     return norm(jax.tree.map(jnp.subtract, upcast(point), upcast(params)))
+
+
+def unknown(like: jax.Array) -> jax.Array:
+    """NaN, in place of a number that was not measured; infinity where `jax_debug_nans` would stop for it.
+
+    Computed from the number that it is like, to keep the mark of what differs between devices.
+    """
+    stops = cast("Any", jax.config).jax_debug_nans
+    return jnp.where(jnp.isnan(like), like, jnp.inf if stops else jnp.nan)
 
 
 def blend(old: Any, new: Any, weight: Any) -> Any:

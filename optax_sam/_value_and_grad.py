@@ -30,6 +30,8 @@ from optax_sam._variant import SharpnessAwareTransformation, checked_evaluation,
 class SAMMetrics(NamedTuple):
     """What a run should log about its sharpness-aware steps: scalars in float32 or better.
 
+    What was not measured is NaN; under `jax_debug_nans`, which would stop the program, it is infinity.
+
     Attributes:
       loss: The loss of the clean pass. A variant with only one gradient reports the loss at its point; with
         `ascent_examples` it is the loss of these examples.
@@ -360,7 +362,7 @@ def _metrics(evaluation: Evaluation, grads: SAMGradients, rho: jax.Array, same_l
     return SAMMetrics(
         loss=value,
         perturbed_loss=perturbed_value,
-        sharpness=perturbed_value - value if same_loss else jnp.full_like(value, jnp.nan),
+        sharpness=perturbed_value - value if same_loss else _tree.unknown(value),
         clean_norm=_tree.norm(grads.clean),
         perturbed_norm=_tree.norm(grads.perturbed),
         cosine=_tree.cosine(grads.clean, grads.perturbed),

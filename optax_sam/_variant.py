@@ -155,7 +155,13 @@ def _refuse_pair_of_another(evaluated: MadeBy, chained: MadeBy) -> None:
 
 def value_at(value: Any, step: jax.Array) -> Any:
     """What a number or schedule is at a step."""
-    return value(step) if callable(value) else value
+    if not callable(value):
+        return value
+    result: Any = value(step)
+    if np.shape(result):
+        msg = f"A schedule must return a scalar, got an array of shape {np.shape(result)} from {value!r}."
+        raise ValueError(msg)
+    return result
 
 
 def as_arrays(params: Any) -> Any:
@@ -236,6 +242,14 @@ def as_pair(
     raise TypeError(msg)
 
 
+def checked_evaluation(result: Any) -> Evaluation:
+    """What an evaluation rule returned, or an error that says what it must return."""
+    if not isinstance(result, Evaluation):
+        msg = f"`evaluate` must return what `loss.pair(...)` returns, got {type(result).__name__}."
+        raise TypeError(msg)
+    return result
+
+
 def settle(
     evaluation: Evaluation, variant: SharpnessAwareTransformation, precision: str | None = None
 ) -> SAMGradients:
@@ -295,7 +309,7 @@ def _evaluate_by(
             "leave out `mask_compatible_extra_args`."
         )
         raise ValueError(msg)
-    unknown = jnp.full((), jnp.nan, _tree.common_dtype(params))
+    unknown = _tree.unknown(jnp.zeros((), _tree.common_dtype(params)))
 
     def pass_at(point: optax.Params, cotangent: Any) -> Pass:
         del cotangent
@@ -306,7 +320,7 @@ def _evaluate_by(
 
     given = Pass(unknown, gradient, displacement=jnp.zeros((), jnp.float32))
     loss = Loss(params, pass_at, pass_at, Peers(), measures=variant.compares, given=given)
-    return settle(variant.evaluate(loss, state), variant)
+    return settle(checked_evaluation(variant.evaluate(loss, state)), variant)
 
 
 def _checked(given: SAMGradients, like: Any) -> SAMGradients:
@@ -319,7 +333,27 @@ def _checked(given: SAMGradients, like: Any) -> SAMGradients:
     return SAMGradients(clean, perturbed, statistics, given.made_by)
 
 
-def _check_ascent(ascent: Any, climb: Any, when: Any, evaluate: Any) -> None:
+def _checked_descent(result: Any, memory: Any, like: Any) -> tuple[Any, Any]:
+    """What `descent` returned, or an error that says what it must return."""
+    if type(result) is not tuple or len(result) != 2:
+        msg = f"`descent` must return a pair, `(direction, memory)`, got {type(result).__name__}."
+        raise TypeError(msg)
+    direction, new = result
+    if isinstance(direction, SAMGradients):
+        msg = "The direction that `descent` returns must be one tree, such as `gradients.perturbed`."
+        raise TypeError(msg)
+    _checks.same_shapes("The direction that `descent` returns", direction, like)
+    if jax.tree.structure(new) != jax.tree.structure(memory):
+        msg = (
+            "The memory that `descent` returns must have the structure of what `init_memory` makes (without "
+            f"one: return `state.memory`), got\n  {jax.tree.structure(new)}\nwhere the state holds\n  "
+            f"{jax.tree.structure(memory)}."
+        )
+        raise ValueError(msg)
+    return direction, new
+
+
+def _check_ascent(ascent: Any, climb: Any, when: Any, evaluate: Any, ascent_only: bool | None) -> None:
     """Refuses functions that cannot be called as they will be, and two that say the same thing."""
     _checks.takes("climb", climb, 3)
     _checks.takes("when", when, 1)
@@ -331,6 +365,9 @@ def _check_ascent(ascent: Any, climb: Any, when: Any, evaluate: Any) -> None:
             if functions[name] is not None and functions[other] is not None:
                 msg = f"`{name}` stands in place of `{other}`: give one of them."
                 raise ValueError(msg)
+    if ascent_only and when is not None:
+        msg = "A variant with `when` descends along the clean gradient too: leave out `ascent_only=True`."
+        raise ValueError(msg)
 
 
 def _one_climb(ascent: ascents.Ascent | None, climb: Climb | None, when: When | None) -> Evaluate:
@@ -341,9 +378,13 @@ def _one_climb(ascent: ascents.Ascent | None, climb: Climb | None, when: When | 
         clean = loss.ascent()
 
         def perturbed() -> Pass:
-            if climb is not None:
-                return loss.at(climb(clean.gradient, state, loss.params))
-            return loss.at(rule(clean.gradient, state.rho, loss.params))
+            gradient = _tree.upcast(clean.gradient)
+            if climb is None:
+                perturbation = rule(gradient, state.rho, loss.params)
+            else:
+                perturbation = climb(gradient, state, loss.params)
+            _checks.same_shapes("What the ascent returns", perturbation, loss.params)
+            return loss.at(perturbation)
 
         return loss.pair(clean, perturbed, when=None if when is None else when(state))
 
@@ -374,12 +415,13 @@ def sharpness_aware(
     Args:
       rho: The radius, a number >= 0 or a schedule of the variant's own step.
       ascent: `(gradient, rho, params) -> perturbation`, a pytree like params; None for
-        `optax_sam.ascent.normalized()`.
+        `optax_sam.ascent.normalized()`. The gradient is in float32 or better.
       descent: `(gradients, state, params) -> (direction, memory)`, where gradients are the
         `SAMGradients` in float32 or better and state is the `SAMState`. If it ends in
         `**extra_args`, it receives those of `update`. None hands on the perturbed gradient.
-      init_memory: `params -> memory`, for variants that remember something; `descent` returns memory of
-        the same shapes. Entries that are not finite keep their old value.
+      init_memory: `params -> memory`, for variants that remember something, in float32 or better. `descent`
+        returns memory of the same structure and shapes, which is cast to the dtypes that it began with.
+        Entries that are not finite keep their old value.
       climb: `(gradient, state, params) -> perturbation`: an ascent that needs the memory or the step. It
         stands in place of `ascent`.
       when: `state -> whether this step pays for the second gradient`, a scalar. In the other steps the pair
@@ -389,7 +431,8 @@ def sharpness_aware(
         `climb` and `when`.
       ascent_only: Whether the clean gradient serves the ascent alone and takes no part in the direction:
         what `sam_value_and_grad` needs to know for `ascent_examples`, `ascent_dtype` and `ascent_loss`. None:
-        if neither `descent` nor `evaluate` is given.
+        if none of `descent`, `evaluate` and `when` is given. Never true of a variant that takes a single
+        gradient, or skips one.
       compares: Whether the direction is made of both gradients. They are then the same, to the last bit, in
         steps in which nothing was perturbed. None: if `descent` is given and `ascent_only` is not true.
       guards_memory: Whether `descent` itself keeps the memory finite.
@@ -424,10 +467,10 @@ def sharpness_aware(
     _checks.scalar_or_schedule(rho_name, rho)
     _checks.takes("descent", descent, 3)
     _checks.takes("init_memory", init_memory, 1)
-    _check_ascent(ascent, climb, when, evaluate)
+    _check_ascent(ascent, climb, when, evaluate, ascent_only)
     rule = _one_climb(ascent, climb, when) if evaluate is None else evaluate
     if ascent_only is None:
-        ascent_only = descent is None and evaluate is None
+        ascent_only = descent is None and evaluate is None and when is None
     if compares is None:
         compares = descent is not None and not ascent_only
     takes_extra_args = descent is not None and any(
@@ -436,7 +479,10 @@ def sharpness_aware(
 
     def init(params: optax.Params) -> SAMState:
         params = as_arrays(params)
+        _checks.params(params)
         memory = () if init_memory is None else init_memory(params)
+        if not is_optimizer:  # Whose base optimizer keeps the dtypes that it likes.
+            memory = _tree.upcast_floats(memory)
         return SAMState(jnp.zeros((), jnp.int32), first_rho(rho, params), memory)
 
     def update(
@@ -462,11 +508,12 @@ def sharpness_aware(
         if descent is None:
             direction, memory = gradients.perturbed, state.memory
         else:
-            direction, memory = descent(gradients, state, params, **(extra_args if takes_extra_args else {}))
+            result = descent(gradients, state, params, **(extra_args if takes_extra_args else {}))
+            direction, memory = _checked_descent(result, state.memory, like)
         if jax.tree.leaves(memory) and not guards_memory:
             memory = _tree.keep_finite(memory, state.memory)
         step = jnp.asarray(optax.safe_increment(state.step))
-        next_rho = jnp.array(rho(step) if callable(rho) else state.rho, state.rho.dtype)
+        next_rho = jnp.array(value_at(rho, step) if callable(rho) else state.rho, state.rho.dtype)
         return _tree.cast_like(direction, like), SAMState(step, next_rho, memory)
 
     variant = SharpnessAwareTransformation(

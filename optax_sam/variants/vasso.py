@@ -72,7 +72,7 @@ def vasso(
 
     def averaged(gradient: optax.Updates, state: SAMState) -> optax.Updates:
         weight = jnp.where(state.step == 0, 1.0, theta)
-        return _tree.blend(state.memory.average, _tree.upcast(gradient), weight)
+        return _tree.blend(state.memory.average, gradient, weight)
 
     def climb(gradient: optax.Updates, state: SAMState, params: optax.Params) -> optax.Updates:
         return rule(averaged(gradient, state), state.rho, params)
