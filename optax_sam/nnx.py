@@ -113,11 +113,9 @@ def sam_value_and_grad(
             value, (aux, after, parts) = output
             _, aux = nnx.from_tree((_filled(after, (trees, nodes)), aux), ctxtag=_TAG, is_inner=False)
         for counter, old in zip(counters, counts, strict=True):
-            # It holds the sum over all parts, which may have wrapped around; so may the difference.
-            counter.set_value(old + (counter.get_value() - parts * old) // parts)
-        # New variables: NNX drops one of two that are the same object.
-        grads = _Gradients(*jax.tree.map(lambda x: x, grads))
-        return ((value, aux) if has_aux else value), grads, *metrics
+            if (total := counter.get_value()) is not old:  # The sum over all parts, which may wrap around.
+                counter.set_value(old + (total - parts * old) // parts)
+        return ((value, aux) if has_aux else value), _Gradients(*grads), *metrics
 
     return value_and_grads
 

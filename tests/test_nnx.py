@@ -171,6 +171,9 @@ def loss_of_several(one: Any, rngs: Any, two: Any) -> Any:
     return jnp.mean((two[1](two[0](hidden * keep))[:, 0] - Y) ** 2), aux
 
 
+SIZES = ("kernel", (3, 1)), ("bias", (1,))
+
+
 def several() -> Any:
     """Objects in containers, an array among them, and a second argument with state."""
     rngs = nnx.Rngs(3)
@@ -195,6 +198,7 @@ MODELS: dict[str, tuple[Callable[[], Any], Any, Any, bool]] = {
     "adapter": (adapted, loss, nnx.DiffState(0, nnx.LoRAParam), False),
     "last": (one(lambda: nnx.Linear(3, 1, rngs=nnx.Rngs(0))), loss, -1, False),
     "state": (one(lambda: nnx.state(nnx.Linear(3, 1, rngs=nnx.Rngs(0)))), loss_of_state, 0, False),
+    "variables": (one(lambda: {k: nnx.Variable(jnp.ones(n)) for k, n in SIZES}), loss_of_state, 0, False),
     "several": (several, loss_of_several, (0, 2), True),
     "array": (one(lambda: jnp.array([0.5, -1.0, 2.0])), lambda w: jnp.mean((X @ w - Y) ** 2), 0, False),
 }
@@ -211,7 +215,7 @@ def displaced(arg: Any, gradient: Any, scale: Any) -> Any:
         return {key: displaced(x, gradient[key], scale) for key, x in arg.items()}
     if isinstance(arg, list):
         return [displaced(*pair, scale) for pair in zip(arg, gradient, strict=True)]
-    if isinstance(arg, jax.Array | nnx.State):
+    if isinstance(arg, jax.Array | nnx.State | nnx.Variable):
         return jax.tree.map(lambda w, g: w + scale * g, arg, gradient)
     old = dict(nnx.to_flat_state(nnx.state(arg)))
     moved = [
@@ -490,16 +494,17 @@ def test_in_parts(options: Any) -> None:
     """Shards and microbatches: statistics are averaged over the parts, counters move once."""
     sam = optax_sam.sam(0.1)
     model: Any = Model(nnx.Rngs(0))
-    rngs = nnx.Rngs(dropout=7)
-    rngs.dropout.count[...] = start = jnp.uint32(2**31)  # Four times that is zero.
+    rngs = nnx.Rngs(dropout=7, unused=8)
+    rngs.dropout.count[...] = rngs.unused.count[...] = start = jnp.uint32(2**31)  # Four times that is zero.
     model.untouched = nnx.Variable(jnp.int32(3))
     params = nnx.state(model, nnx.Param)
     parts = [nnx.clone(model) for _ in range(4)]
     step = 16 // (options.get("num_shards", 1)) if "microbatch_size" not in options else 4
     value_and_grad = optax_sam.nnx.sam_value_and_grad(nnx_loss, sam, batch_argnums=(1, 2), **options)
     # As in NNX, arguments by keyword are at their positions.
-    value_and_grad(rngs=rngs, y=Y, x=X, model=model, state=sam.init(params))
+    nnx.jit(value_and_grad)(rngs=rngs, y=Y, x=X, model=model, state=sam.init(params))
     assert rngs.dropout.count[...] == start + 1
+    assert rngs.unused.count[...] == start
     assert model.untouched[...] == 3
     chex.assert_trees_all_equal(nnx.state(model, nnx.Param), nnx.state(parts[0], nnx.Param))
     # The mean over disjoint parts does not depend on which examples a part has: the running mean is linear.
