@@ -128,6 +128,12 @@ def params(tree: Any) -> None:
             )
             msg = f"params must be floating-point, got dtype {dtype} at {where}: {advice}."
             raise TypeError(msg)
+        if np.dtype(dtype).itemsize < 2:
+            msg = (
+                f"params must have 16 bits or more, got dtype {dtype} at {where}: keep them in bfloat16 or "
+                "float32, and cast them in the loss."
+            )
+            raise TypeError(msg)
 
 
 def _no_nnx_object(tree: Any) -> None:

@@ -17,8 +17,6 @@ GradientAt = Callable[[optax.Params, Sequence[Any], Any], Pass]
 
 T = TypeVar("T")
 
-_ARRAY_TYPES = jax.Array | np.ndarray | np.generic
-
 
 class Call(NamedTuple):
     """How the loss is called in one step.
@@ -117,6 +115,13 @@ class _Constant:
         self.value = value
 
 
+def _is_array(x: Any) -> bool:
+    """Whether `jit` can return this: JAX knows no NumPy arrays of strings, objects or dates."""
+    if isinstance(x, np.ndarray | np.generic):
+        return jnp.issubdtype(x.dtype, np.number) or jnp.issubdtype(x.dtype, np.bool_)
+    return isinstance(x, jax.Array)
+
+
 def _is_traced(tree: Any) -> bool:
     try:
         leaves = jax.tree.leaves(tree)
@@ -142,7 +147,7 @@ class TracedOnce:
         self._function = function
 
         def arrays_only(*args: Any) -> Any:
-            return jax.tree.map(lambda x: x if isinstance(x, _ARRAY_TYPES) else _Constant(x), function(*args))
+            return jax.tree.map(lambda x: x if _is_array(x) else _Constant(x), function(*args))
 
         self._jitted = jax.jit(arrays_only, inline=True)
 

@@ -20,7 +20,9 @@ class SAMState(NamedTuple):
     Attributes:
       step: How many updates the variant has made. shape=(), dtype=int32
       rho: The radius of the next step. If the variant was made with a number, `optax.tree.set(opt_state,
-        rho=...)` changes it for good; if with a schedule, for one step. shape=(), float32 or better
+        rho=...)` changes it for good; if with a schedule, for one step. Where params have a key `rho` too,
+        that would overwrite what an optimizer keeps of it: write `optax.tree.set(opt_state, lambda path, _:
+        path[-1] == optax.tree_utils.NamedTupleKey("SAMState", "rho"), rho=...)`. shape=(), float32 or better
       memory: What the variant carries from step to step, in float32 or better; `()` for most.
     """
 
@@ -238,7 +240,10 @@ def match_structure(state: SAMState, init: Callable[[], SAMState]) -> SAMState:
             state = jax.tree.map(lambda x, y: y if is_hole(x) else x, state, init(), is_leaf=is_hole)
     leaves, structure = jax.tree.flatten(like)
     own = jax.tree.leaves(state)
-    if len(own) != len(leaves):
+    kinds = type(state.memory), type(like.memory)
+    if kinds[0] is not kinds[1] and any(hasattr(kind, "_fields") for kind in kinds):
+        got, right = f"a {kinds[0].__name__}", f"a {kinds[1].__name__}"
+    elif len(own) != len(leaves):
         got, right = f"{len(own)} arrays", f"{len(leaves)}"
     else:
         shapes = [(np.shape(x), np.shape(y)) for x, y in zip(own, leaves, strict=True)]

@@ -1,14 +1,18 @@
 """Faults that users and hostile tests found, each with the program in which it showed."""
 
 import functools
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import chex
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 import table
 from table import ROWS, Row
@@ -477,3 +481,151 @@ def test_a_mask_that_selects_nothing() -> None:
                 evaluate(variant, variant.init(PARAMS))
     some = optax_sam.sam(0.1, ascent=optax_sam.ascent.masked(jax.tree.map(jnp.zeros_like, PARAMS)))
     evaluate(some, some.init(PARAMS))  # Of arrays the values are not looked at: they may be traced.
+
+
+# Checkpoints.
+
+
+def test_a_checkpoint_restored_without_a_target(tmp_path: Path) -> None:
+    """Orbax returns dicts and lists then: the message names the target."""
+    for row in (table.BY_NAME["sam"], table.BY_NAME["looksam"], table.BY_NAME["msam"]):
+        variant, tx = row.optimizer()
+        state = tx.init(PARAMS)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / row.name, state)
+            checkpointer.wait_until_finished()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Orbax warns that no target is given.
+                raw = checkpointer.restore(tmp_path / row.name)
+            restored = checkpointer.restore(tmp_path / row.name, tx.init(PARAMS))
+        for lost in (raw, flax.serialization.to_state_dict(state)):
+            with pytest.raises(
+                ValueError, match=r"Restore it with a target, .*restore\(path, tx.init\(params\)\)`"
+            ):
+                evaluate(variant, lost)
+        chex.assert_trees_all_equal(evaluate(variant, restored), evaluate(variant, state))
+
+
+@all_rows(*table.VARIANTS)
+def test_a_plain_run_goes_on_with_the_variant(row: Row, tmp_path: Path) -> None:
+    """The recipe: the plain state from its checkpoint, beside a fresh one of the variant."""
+    base = optax.chain(optax.clip(1.0), optax.adam(0.1))
+    _, plain = base.update(PARAMS, base.init(PARAMS), PARAMS)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "plain", plain)
+        checkpointer.wait_until_finished()
+        opt_state = checkpointer.restore(tmp_path / "plain", base.init(PARAMS))
+    if "base_optimizer" in row.kwargs:
+        variant = tx = row.make(base_optimizer=base)
+        opt_state = tx.init(PARAMS)._replace(memory=opt_state)
+    elif row.whole_optimizer:
+        return  # It keeps another memory than any other optimizer.
+    else:
+        variant = row.make()
+        with pytest.raises(ValueError, match=r"is `\(variant.init\(params\), opt_state\)`"):
+            evaluate(variant, opt_state)
+        tx = optax.chain(variant, base)
+        opt_state = (variant.init(PARAMS), opt_state)
+    assert jax.tree.structure(opt_state) == jax.tree.structure(tx.init(PARAMS))
+    _, grads = evaluate(variant, opt_state)
+    _, opt_state = tx.update(grads, opt_state, PARAMS)
+    assert optax.tree.get(opt_state, "ScaleByAdamState").count == 2
+
+
+# Smaller ones.
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float4_e2m1fn])
+@all_rows(*table.VARIANTS)
+def test_params_of_eight_bits(row: Row, dtype: Any) -> None:
+    params = jax.tree.map(lambda w: w.astype(dtype), PARAMS)
+    words = r"params must have 16 bits or more, got dtype float\w+ at \['layer'\]\['bias'\]: keep them"
+    with pytest.raises(TypeError, match=words):
+        row.make().init(params)
+    with pytest.raises(TypeError, match=words):
+        evaluate(row.make(), row.make().init(PARAMS), params)
+
+
+@pytest.mark.parametrize("options", [{}, {"return_metrics": True}, {"ascent_dtype": jnp.bfloat16}])
+def test_aux_that_no_jit_returns(options: Any) -> None:
+    """As `jax.value_and_grad` does inside a `jit` that does not return it."""
+    odd = {
+        "names": np.array(["a", "b"]),
+        "when": np.datetime64("2026-01-01"),
+        "what": np.array([None]),
+        "text": "c",
+    }
+
+    def loss(params: Any, batch: Any) -> Any:
+        return table.loss(params, batch), {**odd, "size": np.int32(len(batch)), "mean": batch.mean()}
+
+    @jax.jit
+    def step(params: Any, state: Any, batch: Any) -> Any:
+        value_and_grad = optax_sam.sam_value_and_grad(loss, SAM, has_aux=True, **options)
+        (_, aux), *_ = value_and_grad(params, batch, state=state)
+        assert all(aux[name] is odd[name] for name in odd)
+        return aux["size"], aux["mean"]
+
+    size, mean = step(PARAMS, CHAIN.init(PARAMS), EXAMPLES)
+    assert size == len(EXAMPLES)
+    np.testing.assert_allclose(mean, EXAMPLES.mean(), rtol=1e-5)
+
+
+@all_rows(*table.VARIANTS)
+def test_a_schedule_that_returns_no_scalar(row: Row) -> None:
+    with pytest.raises(ValueError, match=r"A schedule must return a scalar, got an array of shape \(1,\)"):
+        row.make(**{row.radius: lambda step: jnp.full((1,), 0.1) + step}).init(PARAMS)
+    variant = optax_sam.gsam(0.1, alpha=lambda step: jnp.full((1,), 0.1) + step)
+    state = variant.init(PARAMS)
+    with pytest.raises(ValueError, match="A schedule must return a scalar"):
+        variant.update(optax_sam.SAMGradients(PARAMS, PARAMS), state, PARAMS)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@all_rows(*table.VARIANTS)
+def test_metrics_under_debug_nans(row: Row, jit: bool) -> None:
+    """What was not measured is NaN, for which that switch would stop the program: infinity stands there."""
+    variant, tx = row.optimizer()
+    value_and_grad = optax_sam.sam_value_and_grad(quartic, variant, return_metrics=True)
+    evaluate = jax.jit(lambda *args: value_and_grad(*args[:2], state=args[2])) if jit else None
+    with jax.debug_nans(True):
+        state = tx.init(VECTOR)
+        for _ in range(2):
+            _, grads, metrics = (
+                evaluate(VECTOR, FOUR, state) if jit else value_and_grad(VECTOR, FOUR, state=state)
+            )
+            _, state = tx.update(grads, state, VECTOR)
+        direct, _ = tx.update(grads.clean, state, VECTOR, grad_fn=lambda w: jax.grad(quartic)(w, FOUR))
+    assert not any(map(np.isnan, metrics))
+    chex.assert_tree_all_finite((direct, metrics._replace(perturbed_loss=0.0, sharpness=0.0)))
+    assert bool(jnp.isinf(metrics.sharpness)) == (
+        row.evaluations[-1] == 1 or row.constructor is optax_sam.hessian_sam
+    )
+
+
+REMEMBERING = [row for row in table.VARIANTS if row.memory_copies]
+
+
+@all_rows(*REMEMBERING)
+def test_the_state_of_another_variant_with_memory(row: Row) -> None:
+    """Also where it holds arrays of the same shapes."""
+    for other in REMEMBERING:
+        state = other.make().init(VECTOR)
+        value_and_grad = optax_sam.sam_value_and_grad(quartic, row.make())
+        if type(state.memory) is type(row.make().init(VECTOR).memory):
+            value_and_grad(VECTOR, FOUR, state=state)
+        else:
+            with pytest.raises(ValueError, match="`state` does not fit the variant and the params: it holds"):
+                value_and_grad(VECTOR, FOUR, state=state)
+
+
+def test_a_radius_is_set_beside_params_of_that_name() -> None:
+    """The form that `SAMState` documents changes nothing else."""
+    params = {"rho": jnp.ones(3)}
+    tx = optax.chain(SAM, optax.adam(0.1))
+    state = tx.init(params)
+    key = optax.tree_utils.NamedTupleKey("SAMState", "rho")
+    new = optax.tree.set(state, lambda path, _: path[-1] == key, rho=0.2)
+    assert new[0] == state[0]._replace(rho=0.2)
+    chex.assert_trees_all_equal(new[1], state[1])
+    assert "NamedTupleKey" in optax_sam.SAMState.__doc__

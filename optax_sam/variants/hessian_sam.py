@@ -76,7 +76,7 @@ def hessian_sam(
         usable = jnp.isfinite(_tree.squared_norm(gradient))
         direction = jax.tree.map(lambda g, p: jnp.where(usable, g + state.rho * p, g), gradient, product)
         # The loss is known at no second point.
-        value = clean.value * jnp.nan if loss.measures else clean.value
+        value = _tree.unknown(clean.value) if loss.measures else clean.value
         modelled = clean._replace(value=value, gradient=_tree.cast_like(direction, loss.params))
         return loss.pair(clean, modelled)
 

@@ -18,6 +18,7 @@ from optax_sam._variant import (
     is_pair,
     rho_at,
     sharpness_aware,
+    value_at,
 )
 
 
@@ -191,6 +192,7 @@ def shifted_msam(
 
     def init(params: optax.Params) -> ShiftedMSAMState:
         params = as_arrays(params)
+        _checks.params(params)
         state = base.init(params)
         _momentum(state, params)  # Said now rather than at the first step.
         return ShiftedMSAMState(
@@ -214,7 +216,7 @@ def shifted_msam(
         step = jnp.asarray(optax.safe_increment(state.step))
         # Params carry the radius that was applied to them, whatever `rho` was set to since.
         dtype = state.applied_rho.dtype
-        applied = jnp.array(rho(step) if callable(rho) else rho_at(rho, state.rho, params), dtype)
+        applied = jnp.array(value_at(rho, step) if callable(rho) else rho_at(rho, state.rho, params), dtype)
         base_state = _tree.keep_finite(base_state, state.base)
         new = ShiftedMSAMState(step, applied, jnp.copy(applied), base_state)
         total = jax.tree.map(lambda u, new, old: u + (new - old), steps, _shift(new, params), here)
