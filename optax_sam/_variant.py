@@ -353,8 +353,24 @@ def _checked_descent(result: Any, memory: Any, like: Any) -> tuple[Any, Any]:
     return direction, new
 
 
-def _check_ascent(ascent: Any, climb: Any, when: Any, evaluate: Any, ascent_only: bool | None) -> None:
+def _takes_extra_args(descent: Any) -> bool:
+    """Whether it ends in `**extra_args`."""
+    parameters = inspect.signature(descent).parameters.values() if descent is not None else ()
+    return any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _check_functions(
+    ascent: Any,
+    descent: Any,
+    init_memory: Any,
+    climb: Any,
+    when: Any,
+    evaluate: Any,
+    ascent_only: bool | None,
+) -> None:
     """Refuses functions that cannot be called as they will be, and two that say the same thing."""
+    _checks.takes("descent", descent, 3)
+    _checks.takes("init_memory", init_memory, 1)
     _checks.takes("climb", climb, 3)
     _checks.takes("when", when, 1)
     _checks.takes("evaluate", evaluate, 2)
@@ -465,17 +481,13 @@ def sharpness_aware(
       ['27.532', '66.263']
     """
     _checks.scalar_or_schedule(rho_name, rho)
-    _checks.takes("descent", descent, 3)
-    _checks.takes("init_memory", init_memory, 1)
-    _check_ascent(ascent, climb, when, evaluate, ascent_only)
+    _check_functions(ascent, descent, init_memory, climb, when, evaluate, ascent_only)
     rule = _one_climb(ascent, climb, when) if evaluate is None else evaluate
     if ascent_only is None:
         ascent_only = descent is None and evaluate is None and when is None
     if compares is None:
         compares = descent is not None and not ascent_only
-    takes_extra_args = descent is not None and any(
-        p.kind is p.VAR_KEYWORD for p in inspect.signature(descent).parameters.values()
-    )
+    takes_extra_args = _takes_extra_args(descent)
 
     def init(params: optax.Params) -> SAMState:
         params = as_arrays(params)

@@ -23,6 +23,8 @@ class Row:
     whole_optimizer: bool = False
     # Gradient evaluations in the steps 0, 1, 2, ... of one period.
     evaluations: tuple[int, ...] = (2,)
+    # Whether the data decide instead: then a step makes any of these numbers of evaluations.
+    evaluates_by_data: bool = False
     # What is remembered, in copies of params.
     memory_copies: int = 0
     # What is remembered besides, in scalars.
@@ -57,6 +59,7 @@ class Row:
                 ("remembers scalars", self.memory_scalars > 0),
                 ("evaluations", min(3, max(self.evaluations))),
                 ("skips evaluations", len(self.evaluations) > 1),
+                ("evaluates by data", self.evaluates_by_data),
                 ("contains an optimizer", "base_optimizer" in self.kwargs),
             }
         )
@@ -165,7 +168,7 @@ ROWS = (
         "looksam",
         optax_sam.looksam,
         algebra=30,
-        kwargs={"rho": 0.1, "k": 4},
+        kwargs={"rho": 0.1, "k": 4, "alpha": 0.7},
         evaluations=(2, 1, 1, 1),
         memory_copies=1,
         memory_scalars=1,
@@ -174,7 +177,7 @@ ROWS = (
         "looksam_per_leaf",
         optax_sam.looksam,
         algebra=30,
-        kwargs={"rho": 0.1, "k": 2, "per_leaf": True},
+        kwargs={"rho": 0.1, "k": 2, "alpha": 0.7, "per_leaf": True},
         evaluations=(2, 1),
         memory_copies=1,
         memory_scalars=3,

@@ -323,7 +323,7 @@ def test_the_third_door_says_what_it_needs() -> None:
     with pytest.raises(
         TypeError, match=r"`grad_fn` is called with 1 argument.*`optax.contrib.sam` takes a num"
     ):
-        tx.update(plain, state, params, grad_fn=lambda params, step: plain)  # noqa: ARG005
+        tx.update(plain, state, params, grad_fn=lambda params, step: plain)
     with pytest.raises(TypeError, match=r"`grad_fn` must be a function, got"):
         tx.update(plain, state, params, grad_fn=plain)
     with pytest.raises(ValueError, match=r"needs the params: write `update\(grads, state, params"):
@@ -601,6 +601,69 @@ def three(a: Any, b: Any, c: Any) -> Any:
 def test_wrong_functions(functions: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         optax_sam.sharpness_aware(0.1, **functions)
+
+
+def test_authors_of_variants_are_told_what_is_wrong() -> None:
+    """At the first evaluation or update, and not by what JAX says of it later."""
+
+    def evaluating(rule: Any) -> Any:
+        return lambda: evaluated(optax_sam.sharpness_aware(0.1, evaluate=rule))
+
+    def descending(rule: Any, init_memory: Any = None) -> Any:
+        variant, params = optax_sam.sharpness_aware(0.1, None, rule, init_memory), table.params()
+        pair = optax_sam.SAMGradients(params, params)
+        return lambda: variant.update(pair, variant.init(params), params)
+
+    gated = functools.partial(optax_sam.sharpness_aware, 0.1, when=lambda state: state.step > 0)
+    cases: list[tuple[Any, type[Exception], str]] = [
+        (evaluating(lambda loss, state: None), TypeError, r"must return what `loss.pair\(...\)` returns"),
+        (evaluating(lambda loss, state: loss.pair(None, None)), TypeError, "`first` must be a pass"),
+        (evaluating(lambda loss, state: loss.mean(loss.params)), TypeError, "`loss.mean` takes a scalar"),
+        (evaluating(lambda loss, state: loss.at(3.0)), ValueError, "A perturbation must have the structure"),
+        (
+            evaluating(lambda loss, state: loss.pair(loss.ascent(), loss.at, when=jnp.ones(3))),
+            TypeError,
+            r"`when` must be a boolean scalar.*got shape \(3,\) and dtype float32",
+        ),
+        (
+            lambda: evaluated(optax_sam.sharpness_aware(0.1, climb=lambda g, state, params: None)),
+            ValueError,
+            "What the ascent returns must have the structure of params",
+        ),
+        (descending(lambda g, state, params: g.clean), TypeError, r"must return a pair, `\(direction, mem"),
+        (descending(lambda g, state, params: (g, ())), TypeError, "must be one tree, such as `gradients.per"),
+        (
+            descending(lambda g, state, params: (g.clean["layer"], ())),
+            ValueError,
+            "The direction that `descent` returns must have the structure of params",
+        ),
+        (
+            descending(lambda g, state, params: (g.clean, g.clean)),
+            ValueError,
+            "without one: return `state.mem",
+        ),
+        (functools.partial(gated, ascent_only=True), ValueError, "leave out `ascent_only=True`"),
+        (
+            lambda: optax_sam.sam_value_and_grad(table.loss, gated(), ascent_dtype=jnp.bfloat16),
+            ValueError,
+            "`ascent_dtype` makes the clean gradient another one",
+        ),
+    ]
+    for call, error, words in cases:
+        with pytest.raises(error, match=words):
+            call()
+
+
+def test_own_memory_is_float32_or_better() -> None:
+    variant = optax_sam.sharpness_aware(
+        0.1,
+        None,
+        lambda g, state, params: (g.perturbed, state.memory),
+        lambda params: (optax.tree.zeros_like(params), jnp.zeros((), jnp.int32)),
+    )
+    floats, count = variant.init(table.params(jnp.bfloat16)).memory
+    assert {x.dtype for x in jax.tree.leaves(floats)} == {jnp.dtype("float32")}
+    assert count.dtype == jnp.int32
 
 
 def test_a_gate_leaves_the_second_gradient_out() -> None:

@@ -29,24 +29,25 @@ def tree(flat):
     return {name: jnp.asarray(flat[part]).reshape(shape) for (name, shape), part in parts}
 
 
+def walk(row):
+    """The function from params and batches to params, memory and loss after every step of a row."""
+    variant, tx = row.optimizer(optax.sgd(0.1, momentum=0.9))
+    value_and_grad = optax_sam.sam_value_and_grad(loss, variant)
+
+    def step(carry, x):
+        params, state = carry
+        value, grads = value_and_grad(params, x, state=state)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        memory = optax.tree.get(state, "SAMState").memory
+        return (params, state), (ravel_pytree(params)[0], ravel_pytree(memory)[0], value)
+
+    return lambda params, batches: jax.lax.scan(step, (params, tx.init(params)), batches)[1]
+
+
 @functools.cache
 def walks():
-    """Params, memory and loss after every step of every row; one program compiles faster than many."""
-
-    def walk(row):
-        variant, tx = row.optimizer(optax.sgd(0.1, momentum=0.9))
-        value_and_grad = optax_sam.sam_value_and_grad(loss, variant)
-
-        def step(carry, x):
-            params, state = carry
-            value, grads = value_and_grad(params, x, state=state)
-            updates, state = tx.update(grads, state, params)
-            params = optax.apply_updates(params, updates)
-            memory = optax.tree.get(state, "SAMState").memory
-            return (params, state), (ravel_pytree(params)[0], ravel_pytree(memory)[0], value)
-
-        return lambda params, batches: jax.lax.scan(step, (params, tx.init(params)), batches)[1]
-
+    """Those of every row; one program compiles faster than many."""
     functions = {row.name: walk(row) for row in table.ROWS}
     run = jax.jit(lambda *args: {name: function(*args) for name, function in functions.items()})
     out = run(tree(oracles.first_params()), jnp.asarray(oracles.batches()))

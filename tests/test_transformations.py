@@ -203,7 +203,7 @@ def test_equinox_whole_model_is_refused() -> None:
     model, statistics = eqx.nn.make_with_state(Model)(jax.random.key(0))
     sam = optax_sam.sam()
     with pytest.raises(TypeError, match=r"params must hold floating-point arrays, got .* at .norm.axis_name"):
-        optax_sam.sam_value_and_grad(lambda m: 0.0, sam)(model, state=sam.init(jnp.ones(3)))  # noqa: ARG005
+        optax_sam.sam_value_and_grad(lambda m: 0.0, sam)(model, state=sam.init(jnp.ones(3)))
     del statistics
 
 
