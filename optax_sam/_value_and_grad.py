@@ -30,7 +30,8 @@ from optax_sam._variant import SharpnessAwareTransformation, checked_evaluation,
 class SAMMetrics(NamedTuple):
     """What a run should log about its sharpness-aware steps: scalars in float32 or better.
 
-    What was not measured is NaN; under `jax_debug_nans`, which would stop the program, it is infinity.
+    Measure anything else on one gradient, `grads.perturbed`: `optax.tree.norm(grads)` counts both. What was
+    not measured is NaN; under `jax_debug_nans`, which would stop the program, it is infinity.
 
     Attributes:
       loss: The loss of the clean pass. A variant with only one gradient reports the loss at its point; with
@@ -86,7 +87,8 @@ def sam_value_and_grad(
       return_metrics: Whether to return `SAMMetrics` as a third output.
       axis_name: Inside `jax.pmap` or `jax.shard_map`, the name of the axis (or axes) over which the
         batch is spread. Value, gradients and metrics come back averaged over it, aux as the
-        device has it.
+        device has it. Without it, gradients that you average by hand are those of
+        `perturbation="local"`: each device has perturbed by its own part.
       perturbation: With `axis_name`: "global" perturbs by the gradient of the whole batch (two
         all-reduces a step), "local" by that of each device's part (one all-reduce; m-sharpness).
       num_shards: Splits the batch arguments into so many contiguous shards along their first axis,

@@ -629,3 +629,40 @@ def test_a_radius_is_set_beside_params_of_that_name() -> None:
     assert new[0] == state[0]._replace(rho=0.2)
     chex.assert_trees_all_equal(new[1], state[1])
     assert "NamedTupleKey" in optax_sam.SAMState.__doc__
+
+
+# What is documented because nothing can see it.
+
+
+def test_the_norm_of_a_pair_counts_both() -> None:
+    """Said where people look for what to log; and nothing else takes a pair for params."""
+    _, grads = evaluate(SAM, CHAIN.init(PARAMS))
+    both = [optax.tree.norm(g, squared=True) for g in (grads.clean, grads.perturbed)]
+    np.testing.assert_allclose(optax.tree.norm(grads, squared=True), sum(both), rtol=1e-5)
+    for text in (optax_sam.SAMGradients.__doc__, optax_sam.SAMMetrics.__doc__):
+        assert "optax.tree.norm(grads)" in text
+    with pytest.raises((TypeError, ValueError), match=r"pass it `grads\.perturbed` and `clean_updates="):
+        optax.apply_updates(PARAMS, grads)
+    with pytest.raises((TypeError, ValueError), match=r"pass it `grads\.perturbed` and `clean_updates="):
+        optax.adam(0.1).update(grads, optax.adam(0.1).init(PARAMS), PARAMS)
+
+
+@all_rows(*table.VARIANTS)
+def test_an_average_by_hand_is_a_local_perturbation(row: Row) -> None:
+    variant = row.make()
+    state, halves = variant.init(VECTOR), FOUR.reshape(2, 2)
+
+    def loss(w: Any, batch: Any) -> Any:
+        return jnp.mean(jnp.tanh(batch + w[0]) ** 2 * jnp.exp(w[1] * batch))
+
+    def step(batch: Any, **options: Any) -> Any:
+        output = optax_sam.sam_value_and_grad(loss, variant, **options)(VECTOR, batch, state=state)
+        return output if options else jax.lax.pmean(output, "device")
+
+    by_hand = jax.vmap(step, axis_name="device")(halves)
+    local = jax.vmap(functools.partial(step, axis_name="device", perturbation="local"), axis_name="device")(
+        halves
+    )
+    if row.clean_at_params:  # Else each device has noise of its own, where it is told of the others.
+        chex.assert_trees_all_close(by_hand, local, rtol=1e-5, atol=1e-6)
+    assert 'those of\n        `perturbation="local"`' in optax_sam.sam_value_and_grad.__doc__
