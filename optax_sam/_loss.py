@@ -21,12 +21,18 @@ from optax_sam import _checks, _tree
 AxisName = str | tuple[str, ...]
 
 
+def _register(register: Callable[..., Any], kind: Any, **functions: Any) -> Any:
+    """Registers a type under its name; under another where this process imports the package once more."""
+    for copy in range(1, 100):
+        name = f"optax_sam.{kind.__name__}" + (f".{copy}" if copy > 1 else "")
+        with contextlib.suppress(ValueError):  # The name is taken.
+            return register(kind, serialized_name=name, **functions)
+    return kind
+
+
 def serializable(kind: Any) -> Any:
     """Lets `jax.export` write a named tuple, so that an exported step keeps its state."""
-    try:
-        return export.register_namedtuple_serialization(kind, serialized_name=f"optax_sam.{kind.__name__}")
-    except ValueError:  # The package is imported for a second time in this process.
-        return kind
+    return _register(export.register_namedtuple_serialization, kind)
 
 
 @jax.tree_util.register_static
@@ -60,14 +66,13 @@ def _same_mark(aux_data: Any, children: Any) -> Any:
     return aux_data
 
 
-with contextlib.suppress(ValueError):  # The package is imported for a second time in this process.
-    export.register_pytree_node_serialization(
-        MadeBy,
-        serialized_name="optax_sam.MadeBy",
-        serialize_auxdata=lambda made_by: repr(dataclasses.astuple(made_by)).encode(),
-        deserialize_auxdata=lambda data: MadeBy(*ast.literal_eval(bytes(data).decode())),
-        from_children=_same_mark,
-    )
+_register(
+    export.register_pytree_node_serialization,
+    MadeBy,
+    serialize_auxdata=lambda made_by: repr(dataclasses.astuple(made_by)).encode(),
+    deserialize_auxdata=lambda data: MadeBy(*ast.literal_eval(bytes(data).decode())),
+    from_children=_same_mark,
+)
 
 
 class _Pair(NamedTuple):
