@@ -32,15 +32,16 @@ def sam_value_and_grad(
     statistics of BatchNorm, the counters of random numbers, and also plain attributes and new modules.
     Both passes start from the same state, so they draw the same dropout masks.
 
-    The optimizer's arrays lie in variables. One line changes the radius for good, with
-    `nnx.Optimizer` and also inside `nnx.jit`: `optax.tree.get(optimizer.opt_state, "rho")[...] = 0.2`.
+    `nnx.Optimizer` keeps its arrays in variables. To change the radius of a run, inside of `nnx.jit` or
+    outside, write `optax.tree.get(optimizer.opt_state, "rho")[...] = 0.2`.
 
     Args:
       fun: The loss: a function that returns a scalar, or a pair `(scalar, aux)`.
       variant: The bare variant, e.g. `optax_sam.sam(0.05)`; not the chain that contains it.
       argnums: Which positional argument holds the params, or which ones do: an integer, which stands
         for all `nnx.Param` in it (or for what the optimizer trains, where `state` is one), or an
-        `nnx.DiffState(position, filter)`. With several, params are the tuple of their states.
+        `nnx.DiffState(position, filter)`. Arrays and variables that lie in it outside of modules are params
+        too. With several positions, params are the tuple of their states.
       has_aux: Whether `fun` returns a pair.
       batch_argnums: Which positional arguments are batches; see `optax_sam.sam_value_and_grad`.
       **options: All other options of `optax_sam.sam_value_and_grad`. With `num_shards` or
