@@ -487,6 +487,27 @@ def test_trains_a_part_of_several_models() -> None:
     chex.assert_trees_all_close(grads.perturbed["two"], nnx.grad(loss)(models)["two"], rtol=1e-5)
 
 
+def test_optimizer_of_plain_arrays() -> None:
+    """Its filter chooses them by their names, and its update moves them."""
+    model, twin = Arrays(), Arrays()
+
+    def wrt(path: Any, _: Any) -> bool:
+        return path[-1] in ("w", "b")
+
+    optimizer = nnx.Optimizer(model, optax.chain(SAM, optax.sgd(0.1)), wrt=wrt)
+
+    @nnx.jit
+    def step(model: Any, optimizer: Any) -> None:
+        optimizer.update(model, optax_sam.nnx.sam_value_and_grad(loss, SAM)(model, state=optimizer)[1])
+
+    step(model, optimizer)
+    gradient = nnx.grad(loss, argnums=nnx.DiffState(0, wrt))
+    clean = gradient(twin)
+    perturbed = gradient(displaced(Arrays(), clean, RHO / length(clean)))
+    displaced(twin, perturbed, -0.1)
+    chex.assert_trees_all_close((model.w, model.b, model.steps), (twin.w, twin.b, twin.steps), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "options", [{"num_shards": 4}, {"microbatch_size": 4}, {"num_shards": 2, "microbatch_size": 4}]
 )
