@@ -165,7 +165,7 @@ RECIPES = {
     ),
     "msam": Recipe(_msam, 4.0, gradients=1, momentum=True),
     "same": Recipe(_before_base(lambda rho: optax_sam.same(rho, gains=(1.0, 1.0, 2.0, 2.0))), 0.7),
-    "custom_same": Recipe(_before_base(optax_sam.custom_same), 0.7),
+    "custom_same": Recipe(_before_base(lambda rho: optax_sam.custom_same(rho, condition=2.0)), 0.7),
     "saner": Recipe(_before_base(optax_sam.saner), 0.5),
     "hessian_sam": Recipe(_before_base(optax_sam.hessian_sam), 1.0, gradients=1, products=1),
     "extragradient": Recipe(_before_base(optax_sam.extragradient), 0.01, radius="step"),

@@ -34,7 +34,8 @@ def gsam(
       rho: The radius, >= 0, or a schedule of the step; with `schedules.rho_from_learning_rate` as in
         the paper. 0 recovers the base optimizer.
       alpha: Weight of the orthogonal part, >= 0, or a schedule of the step; 0 recovers SAM. The paper
-        takes 0.01 for ResNets and 0.4 to 1 for transformers.
+        takes 0.01 for ResNets and 0.4 to 1 for transformers. 0.4 was safe with rho 0.05 and collapsed
+        with 0.2 in 1 of 6 cells of docs/tuning.md; so did 0.1.
       objective: "perturbed" as above, or "clean", in which the gradients swap roles and the sign turns:
         :math:`u = g + \alpha (g_\epsilon)_\perp`.
       ascent: The ascent rule; None for `optax_sam.ascent.normalized()`. What the paper calls adaptive
