@@ -1,6 +1,10 @@
 """Faults that users and hostile tests found, each with the program in which it showed."""
 
+import copy
 import functools
+import importlib
+import pickle
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +13,7 @@ from typing import Any
 import chex
 import flax.serialization
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -666,3 +671,177 @@ def test_an_average_by_hand_is_a_local_perturbation(row: Row) -> None:
     if row.clean_at_params:  # Else each device has noise of its own, where it is told of the others.
         chex.assert_trees_all_close(by_hand, local, rtol=1e-5, atol=1e-6)
     assert 'those of\n        `perturbation="local"`' in optax_sam.sam_value_and_grad.__doc__
+
+
+# What Optax asks of every optimizer, asked of every constructor.
+
+
+def shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
+
+
+OPTIMIZERS: dict[str, Callable[[], Any]] = {
+    **{row.name: lambda row=row: row.optimizer()[1] for row in table.VARIANTS},
+    "shifted_msam": lambda: optax_sam.shifted_msam(optax.sgd(0.1, momentum=0.9)),
+    "ire": lambda: optax_sam.ire(optax.chain(SAM, optax.adam(0.1))),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_init_of_abstract_params(name: str) -> None:
+    """State is laid out, and restored, before there are params."""
+    tx = OPTIMIZERS[name]()
+    for dtype in (jnp.float32, jnp.bfloat16):
+        params = jax.tree.map(lambda x, dtype=dtype: jnp.asarray(x, dtype), PARAMS)
+        state = tx.init(params)
+        assert shapes(jax.eval_shape(tx.init, params)) == shapes(state)
+        assert shapes(tx.init(shapes(params))) == shapes(state)
+
+
+def step_of(row: Row, loss: Any = table.loss) -> tuple[Any, Any]:
+    variant, tx = row.optimizer()
+    value_and_grad = optax_sam.sam_value_and_grad(loss, variant)
+
+    def step(params: Any, state: Any, batch: Any) -> Any:
+        _, grads = value_and_grad(params, batch, state=state)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step, tx
+
+
+@all_rows(*table.VARIANTS)
+def test_params_of_mixed_dtypes(row: Row) -> None:
+    """Nothing that a step returns differs in type from what went in, so that it can be a loop's body."""
+    step, tx = step_of(row)
+    with jax.enable_x64(True):
+        dtypes = {"kernel": jnp.bfloat16, "bias": jnp.float32, "scale": jnp.float64}
+        params = {
+            "layer": {name: x.astype(dtypes[name]) for name, x in PARAMS["layer"].items()},
+            "scale": PARAMS["scale"].astype(dtypes["scale"]),
+        }
+        state = tx.init(params)
+        jax.make_jaxpr(lambda p, s: jax.lax.fori_loop(0, 3, lambda _, carry: step(*carry, EXAMPLES), (p, s)))(
+            params, state
+        )
+        after, _ = step(params, state, EXAMPLES)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, params)
+        chex.assert_tree_all_finite(after)
+
+
+@all_rows(*table.VARIANTS)
+def test_params_without_a_leaf(row: Row) -> None:
+    """A network of which nothing is trained."""
+    step, tx = step_of(row, lambda params, batch: jnp.mean(batch) + 0.0 * len(params))
+    for params in ({}, {"a": None, "b": {}}):
+        after, _ = step(params, tx.init(params), EXAMPLES)
+        assert after == params
+
+
+@all_rows(*table.VARIANTS)
+def test_the_state_lies_where_params_lie(row: Row) -> None:
+    """On an explicit mesh every type says where its array lies: from init on, and after a step."""
+    step, tx = step_of(row)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        split = {"layer": {"kernel": jax.P(None, "x"), "bias": jax.P("x")}, "scale": jax.P()}
+        params = jax.tree.map(jax.device_put, PARAMS, split)
+        state = tx.init(params)
+        after, new_state = jax.eval_shape(step, params, state, EXAMPLES)
+        where = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (params, state))
+        assert jax.tree.map(lambda x: x.sharding.spec, (after, new_state)) == where
+        kernels = [x for x in jax.tree.leaves(state) if x.shape == (3, 4)]
+        assert len(kernels) >= row.memory_copies
+        assert all(jax.typeof(x).sharding.spec == jax.P(None, "x") for x in kernels)
+
+
+@all_rows(*table.VARIANTS)
+def test_replace_keeps_the_rule(row: Row) -> None:
+    variant = row.make()
+    other = variant._replace(init=lambda params: variant.init(params))
+    assert type(other) is type(variant)
+    assert vars(other) == vars(variant)
+    chex.assert_trees_all_equal(
+        optax_sam.sam_value_and_grad(quartic, other)(VECTOR, FOUR, state=other.init(VECTOR)),
+        optax_sam.sam_value_and_grad(quartic, variant)(VECTOR, FOUR, state=variant.init(VECTOR)),
+    )
+
+
+@all_rows(*table.VARIANTS)
+def test_pairs_are_copied_and_pickled(row: Row) -> None:
+    variant = row.make()
+    _, grads = optax_sam.sam_value_and_grad(quartic, variant)(VECTOR, FOUR, state=variant.init(VECTOR))
+    for other in (copy.copy(grads), copy.deepcopy(grads), pickle.loads(pickle.dumps(grads))):
+        assert type(other) is optax_sam.SAMGradients
+        assert vars(other.made_by) == vars(grads.made_by)
+        chex.assert_trees_all_equal(other, grads)
+        variant.update(other, variant.init(VECTOR), VECTOR)
+
+
+@all_rows(*table.VARIANTS)
+def test_typed_keys_in_the_state(row: Row) -> None:
+    """Of a link that draws: they can be neither multiplied nor compared with NaN."""
+    noise = optax.add_noise(0.1, 0.5, key=jax.random.key(0))
+    variant, tx = row.optimizer(optax.chain(noise, optax.sgd(0.1)))
+    if row.whole_optimizer:
+        tx = optax.chain(variant, noise)
+    for wrapped in (tx, optax.apply_if_finite(tx, 3)):
+        state = wrapped.init(VECTOR)
+        _, grads = optax_sam.sam_value_and_grad(quartic, variant)(VECTOR, FOUR, state=state)
+        updates, state = by_clean_updates(wrapped, grads, state, VECTOR)
+        keys = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+        assert len(keys) == 1
+        assert keys[0] != jax.random.key(0)
+        chex.assert_tree_all_finite(updates)
+
+
+@all_rows(*table.VARIANTS)
+def test_extra_args_that_a_link_requires(row: Row) -> None:
+    """They go to the links after the variant, and to the base optimizer of a whole one."""
+    plateau = optax.contrib.reduce_on_plateau(patience=1, factor=0.5)
+    seen = []
+
+    def update(updates: Any, state: Any, params: Any = None, *, temperature: float, **extra_args: Any) -> Any:
+        del params, extra_args
+        seen.append(temperature)
+        return updates, state
+
+    needs = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    base = optax.chain(needs, optax.sgd(0.1, momentum=0.9))
+    if "base_optimizer" in row.kwargs:
+        variant = row.make(base_optimizer=base)
+        tx = optax.chain(variant, plateau)
+    else:
+        variant, tx = row.optimizer(optax.chain(base, plateau))
+        tx = optax.chain(variant, needs, plateau) if row.whole_optimizer else tx
+    state = tx.init(VECTOR)
+    value, grads = optax_sam.sam_value_and_grad(quartic, variant)(VECTOR, FOUR, state=state)
+    tx.update(grads, state, VECTOR, value=value, temperature=3.0)
+    assert seen == [3.0]
+    with pytest.raises(TypeError, match="temperature"):
+        tx.update(grads, state, VECTOR, value=value)
+
+
+def test_a_second_import_of_the_package() -> None:
+    """As test runners and notebooks do it: both work side by side, and a step with either can be exported."""
+    name = optax_sam.__name__
+    first = {key: sys.modules.pop(key) for key in list(sys.modules) if key.split(".")[0] == name}
+    try:
+        second = importlib.import_module(name)
+    finally:
+        sys.modules.update(first)
+    assert second is not optax_sam
+    assert second.SAMState is not optax_sam.SAMState
+    for package in (optax_sam, second, importlib.reload(optax_sam)):
+        variant = package.looksam(0.1)
+        value_and_grad = package.sam_value_and_grad(quartic, variant, return_metrics=True)
+
+        def step(w: Any, state: Any, batch: Any, f: Any = value_and_grad, variant: Any = variant) -> Any:
+            _, grads, metrics = f(w, batch, state=state)
+            return variant.update(grads, state, w), grads, metrics
+
+        arguments = VECTOR, variant.init(VECTOR), FOUR
+        written = jax.export.export(jax.jit(step))(*arguments).serialize()
+        chex.assert_trees_all_close(
+            jax.export.deserialize(written).call(*arguments), step(*arguments), rtol=1e-5
+        )
