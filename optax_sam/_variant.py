@@ -223,8 +223,10 @@ def as_pair(
         return SAMGradients(clean_updates, updates, statistics)
     if is_pair(updates, params):
         if "perturbed" in updates:
-            rest = {name: updates[name] for name in ("statistics", "made_by") if name in updates}
-            return SAMGradients(updates["clean"], updates["perturbed"], **rest)
+            # Through `flax.nnx` the mark comes on the names of the fields.
+            mark = next((name.made_by for name in updates if hasattr(name, "made_by")), MadeBy())
+            made_by = updates.get("made_by", mark)
+            return SAMGradients(updates["clean"], updates["perturbed"], updates.get("statistics"), made_by)
         msg = (
             "The pair of gradients lost its perturbed half: flax.nnx drops it where both halves are "
             "the same object. Write `optimizer.update(model, grads.perturbed, clean_updates=grads.clean)`."

@@ -839,3 +839,16 @@ def test_example_changes_by_two_lines() -> None:
     )
     weights = [nnx.filter_state(history[2][1], nnx.Param) for history in (plain, sharp)]
     assert max(jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), *weights))) > 1e-3
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, nnx.jit], ids=["eager", "jit"])
+def test_the_optimizer_refuses_a_pair_of_another_variant(wrap: Any) -> None:
+    gsam = optax_sam.gsam(RHO)
+
+    @wrap
+    def step(model: Any, optimizer: Any) -> None:
+        _, grads = optax_sam.nnx.sam_value_and_grad(mean_loss, gsam)(model, X, Y, state=optimizer)
+        optimizer.update(model, grads)
+
+    with pytest.raises(ValueError, match="evaluated by `gsam`, and `sam` is in the optimizer"):
+        step(*make())
