@@ -12,7 +12,7 @@ import optax
 import optax_sam
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # A row is itself: what it compiles to can be kept.
 class Row:
     """One configuration of a public constructor."""
 
@@ -49,24 +49,47 @@ class Row:
     @functools.cached_property
     def capabilities(self) -> frozenset[tuple[str, Any]]:
         """What tests may depend on: without `--full` they take the fewest rows that show everything."""
-        variant = self.make()
         fields = ("whole_optimizer", "base_at_zero", "scale_invariant", "divides_by_norm", "clean_at_params")
         return frozenset(
             {
-                *((name, getattr(self, name)) for name in (*fields, "product", "radius")),
-                *((name, getattr(variant, name)) for name in ("ascent_only", "compares")),
+                *((name, getattr(self, name)) for name in fields),
+                *((name, getattr(self, name)) for name in ("skips", "compares", "product", "radius")),
+                ("ascent only", self.make().ascent_only),
                 ("remembers", self.memory_copies > 0),
                 ("remembers scalars", self.memory_scalars > 0),
                 ("evaluations", min(3, max(self.evaluations))),
-                ("skips evaluations", len(self.evaluations) > 1),
                 ("evaluates by data", self.evaluates_by_data),
                 ("contains an optimizer", "base_optimizer" in self.kwargs),
             }
         )
 
+    @property
+    def skips(self) -> bool:
+        """Whether some steps cost less than others."""
+        return len(self.evaluations) > 1
+
+    @functools.cached_property
+    def compares(self) -> bool:
+        """Whether the direction is made of both gradients."""
+        return self.make().compares
+
     def make(self, **overrides: Any) -> Any:
         """The variant of this row, with some arguments replaced."""
         return self.constructor(**{**self.kwargs, **overrides})
+
+    def train_step(
+        self, fun: Any = None, *, base: optax.GradientTransformation | None = None, **options: Any
+    ) -> tuple[Any, Any]:
+        """The step that a user writes, with the loss of this module or another, and the optimizer."""
+        variant, tx = self.optimizer(base)
+        value_and_grad = optax_sam.sam_value_and_grad(loss if fun is None else fun, variant, **options)
+
+        def step(params: Any, state: Any, batch: Any) -> Any:
+            value, grads = value_and_grad(params, batch, state=state)[:2]
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state, value
+
+        return step, tx
 
     def optimizer(
         self, base: optax.GradientTransformation | None = None, **overrides: Any
@@ -249,7 +272,11 @@ ROWS = (
     ),
 )
 
-BY_NAME = {row.name: row for row in ROWS}
+
+def first(**fields: Any) -> Row:
+    """The first row that has these fields; without any, SAM as it was first."""
+    return next(row for row in ROWS if all(getattr(row, name) == value for name, value in fields.items()))
+
 
 # One row of each constructor, for tests of what its options do not touch.
 VARIANTS = tuple({row.constructor: row for row in reversed(ROWS)}.values())
@@ -276,3 +303,12 @@ def loss(params: Any, batch: Any) -> jax.Array:
 def batch(size: int = 8, dtype: Any = jnp.float32, seed: int = 1) -> jax.Array:
     """Examples for `loss`."""
     return jax.random.normal(jax.random.key(seed), (size, 3), jnp.float32).astype(dtype)
+
+
+def train(step: Any, tx: Any, steps: int) -> Any:
+    """Params, state and value after some steps, each on a batch of its own."""
+    current, value = params(), None
+    state = tx.init(current)
+    for i in range(steps):
+        current, state, value = step(current, state, batch(seed=i))
+    return current, state, value

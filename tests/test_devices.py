@@ -19,17 +19,11 @@ from optax_sam._loss import Loss, Pass, Peers
 
 DEVICES = 8
 STEPS = 3
-# One row of each public constructor, where to go through all of them would take the time of all.
-CONSTRUCTORS = tuple({row.constructor: row for row in reversed(table.ROWS)}.values())
-
-by_name = pytest.mark.parametrize("row", table.ROWS, ids=lambda row: row.name)
-by_constructor = pytest.mark.parametrize("row", CONSTRUCTORS, ids=lambda row: row.name)
+every_row = pytest.mark.parametrize("row", table.ROWS, ids=lambda row: row.name)
+every_variant = pytest.mark.parametrize("row", table.VARIANTS, ids=lambda row: row.name)
 
 
-@pytest.fixture(autouse=True)
-def _double_precision():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 
 def make_params():
@@ -100,9 +94,9 @@ def several(run):
 
 
 @functools.cache
-def reference(name):
+def reference(row):
     """The same on one device: all of the batch, or one eighth after the other, without the mechanism."""
-    variant, tx = table.BY_NAME[name].optimizer()
+    variant, tx = row.optimizer()
     batch = make_batch()
 
     def step(carry, parts):
@@ -132,7 +126,7 @@ def reference(name):
 
 
 def assert_same(result, row):
-    expected = reference(row.name)
+    expected = reference(row)
     flat = jax.tree_util.tree_leaves_with_path
     for (path, got), (_, want) in zip(flat(result), flat(expected), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-11, err_msg=jax.tree_util.keystr(path))
@@ -147,7 +141,7 @@ def assert_on_every_device(tree):
             np.testing.assert_array_equal(first, other)
 
 
-@by_name
+@every_row
 def test_pmap(row):
     step, tx = make_step(row)
     params, batch = make_params(), make_batch()
@@ -158,7 +152,7 @@ def test_pmap(row):
     assert_on_every_device(result)
 
 
-@by_name
+@every_row
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map(row, check_vma):
     step, tx = make_step(row)
@@ -175,7 +169,7 @@ def test_shard_map(row, check_vma):
     assert_on_every_device(result)
 
 
-@by_constructor
+@every_variant
 @pytest.mark.parametrize("form", ["auto", "explicit", "fsdp"])
 def test_jit(row, form):
     step, tx = make_step(row)
@@ -274,7 +268,7 @@ ROUNDS = {"num_shards": 2 * DEVICES, "shard_mode": 2, "batch_argnums": 1}
     ],
 )
 def test_gradients_sent(form, how, count):
-    step, tx = make_step(table.BY_NAME["sam"])
+    step, tx = make_step(table.first())
     found = hlo.collectives(compile_step(step, tx, form=form, how=how).as_text(), DEVICES)
     reduced = hlo.gradient_sized(found)
     # Sharded params are reduced leaf by leaf, in more instructions but with the same load.
@@ -304,7 +298,7 @@ def test_plain_sgd_sends_one_gradient():
 
 def test_a_loop_over_shards_gathers_what_is_sharded():
     # Why `shard_mode="loop"` is for one device, and rounds are for several.
-    step, tx = make_step(table.BY_NAME["sam"])
+    step, tx = make_step(table.first())
     text = compile_step(step, tx, form="jit", how=SHARDS | {"shard_mode": "loop"}).as_text()
     found = hlo.collectives(text, DEVICES)
     assert sum(c.elements for c in found if c.kind == "all-gather") == 32 * 8
@@ -312,7 +306,7 @@ def test_a_loop_over_shards_gathers_what_is_sharded():
 
 @pytest.mark.parametrize(("form", "how"), [("shard_map", GLOBAL), ("shard_map", LOCAL), ("jit", {})])
 def test_a_skipped_evaluation_sends_one_gradient(form, how):
-    step, tx = make_step(table.BY_NAME["looksam"])
+    step, tx = make_step(table.first(skips=True))
     text = compile_step(step, tx, form=form, how=how).as_text()
     reuse = hlo.gradient_sized(hlo.collectives(text, DEVICES, branch=min))
     refresh = hlo.gradient_sized(hlo.collectives(text, DEVICES, branch=max))
@@ -322,7 +316,7 @@ def test_a_skipped_evaluation_sends_one_gradient(form, how):
 @pytest.mark.parametrize("how", [GLOBAL, LOCAL], ids=["global", "local"])
 def test_noise(how):
     """Each device draws for itself where its perturbation is its own, and all draw alike where it is not."""
-    variant, _ = table.BY_NAME["bsam"].optimizer()
+    variant = table.first(clean_at_params=False).make()
     params = make_params()
     state = variant.init(params)
 
@@ -357,7 +351,7 @@ def test_aux_is_the_devices_own_and_the_value_is_not():
         value = loss(params, batch)
         return value, {"loss": value[None], "seen": jnp.full((1,), batch.shape[0]), "flag": value[None] > 0}
 
-    variant, tx = table.BY_NAME["sam"].optimizer()
+    variant, tx = table.first().optimizer()
     params, batch = make_params(), make_batch()
 
     def run(params, state, batch):
@@ -375,7 +369,7 @@ def test_aux_is_the_devices_own_and_the_value_is_not():
 
 
 def test_the_metrics_are_the_same_on_all_devices():
-    variant, tx = table.BY_NAME["gsam"].optimizer()
+    variant, tx = table.first(compares=True).optimizer()
     params, batch = make_params(), make_batch()
 
     def run(params, state, batch):
@@ -392,10 +386,12 @@ def test_the_metrics_are_the_same_on_all_devices():
     np.testing.assert_allclose(metrics.perturbation_norm, 0.1, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["sam", "msam", "async_sam_perturbed"])
-def test_the_metrics_of_a_global_perturbation(name):
+@pytest.mark.parametrize(
+    "row", [table.first(), *(row for row in table.ROWS if row.evaluations == (1,))], ids=lambda row: row.name
+)
+def test_the_metrics_of_a_global_perturbation(row):
     """Those of one device with the whole batch, of a rule of a single gradient too."""
-    variant = table.BY_NAME[name].make()
+    variant = row.make()
     params, batch = make_params(), make_batch()
     state = variant.init(params)
 
@@ -412,7 +408,7 @@ def test_the_metrics_of_a_global_perturbation(name):
 @pytest.mark.parametrize("how", [GLOBAL, LOCAL], ids=["global", "local"])
 def test_an_axis_of_vmap_is_an_axis(how):
     """A compiled `vmap` knows no marks of what differs between devices."""
-    variant = table.BY_NAME["sam"].make()
+    variant = table.first().make()
     params, parts = make_params(), make_batch().reshape(DEVICES, -1, 8)
     state = variant.init(params)
 
@@ -490,7 +486,7 @@ def test_shards_that_cannot_agree_are_refused(mode):
         run(params, make_batch(), state=variant.init(params))
 
 
-@pytest.mark.parametrize("row", [row for row in table.ROWS if len(row.evaluations) > 1], ids=lambda r: r.name)
+@pytest.mark.parametrize("row", [row for row in table.ROWS if row.skips], ids=lambda r: r.name)
 def test_what_decides_is_the_same_on_all_devices(row):
     """With `check_vma` on, `jax.shard_map` refuses a result that may differ and is said to be the same."""
     step, tx = make_step(row)
@@ -509,7 +505,7 @@ def test_what_decides_is_the_same_on_all_devices(row):
 
 
 def test_axis_name_outside_of_any_axis():
-    variant, tx = table.BY_NAME["sam"].optimizer()
+    variant, tx = table.first().optimizer()
     params = make_params()
     evaluate = optax_sam.sam_value_and_grad(loss, variant, axis_name="data")
     for run in (evaluate, jax.jit(evaluate)):
@@ -519,7 +515,7 @@ def test_axis_name_outside_of_any_axis():
 
 def test_a_state_that_does_not_match_its_sharding():
     """A state of other params, or of their shards, is refused by the shapes."""
-    row = table.BY_NAME["looksam"]
+    row = table.first(skips=True)
     step, tx = make_step(row)
     params = make_params()
     state = tx.init(jax.tree.map(lambda x: x[: x.shape[0] // 2] if x.ndim else x, params))

@@ -177,9 +177,9 @@ def test_steps(tree: Any, seed: int, rho: float, masks: bool) -> None:
 
 
 @functools.cache
-def compiled(name: str, dtype: Any) -> Any:
+def compiled(row: table.Row, dtype: Any) -> Any:
     del dtype  # The program depends on it.
-    variant = table.BY_NAME[name].make()
+    variant = row.make()
 
     @jax.jit
     def step(params: Any, slope: Any, curvature: Any) -> Any:
@@ -218,7 +218,7 @@ def test_variants(row: table.Row, dtype: Any, exponents: list[int], seed: int) -
         [dataclasses.replace(x, dtype=dtype, exponent=n) for x, n in zip(leaves, exponents, strict=True)],
     )
     params = grow(tree, seed, scaled=False)
-    step = compiled(row.name, dtype)
+    step = compiled(row, dtype)
     direction, state = step(params, grow(tree, seed + 1), jax.tree.map(jnp.abs, grow(tree, seed + 2)))
     chex.assert_trees_all_equal_shapes_and_dtypes(direction, params)
     chex.assert_tree_all_finite((direction, state))

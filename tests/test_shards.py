@@ -13,8 +13,8 @@ import optax_sam
 from optax_sam._loss import Loss, Pass, Peers
 
 SHARDS = 4
-by_name = pytest.mark.parametrize("row", table.ROWS, ids=lambda row: row.name)
-SAM = table.BY_NAME["sam"].make()
+every_row = pytest.mark.parametrize("row", table.ROWS, ids=lambda row: row.name)
+SAM = table.first().make()
 
 
 def evaluate(variant, params, batch, *, jit=True, loss=table.loss, **how):
@@ -29,7 +29,7 @@ def assert_close(got, want, rtol=1e-12, atol=1e-13):
         np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
 
 
-@by_name
+@every_row
 def test_parts_are_the_mean_of_single_evaluations(row):
     """Shards in a loop and, side by side, in rounds with microbatches, against one after the other."""
     with jax.enable_x64(True):
@@ -233,7 +233,7 @@ def test_microbatches_keep_small_gradients_of_a_scaled_loss():
 
 
 def test_noise_differs_between_shards_and_is_reproducible():
-    variant = table.BY_NAME["bsam"].make()
+    variant = table.first(clean_at_params=False).make()
     params, state = table.params(), variant.init(table.params())
 
     def point(*peers):
@@ -250,7 +250,7 @@ def test_noise_differs_between_shards_and_is_reproducible():
 
 def test_a_skipped_evaluation_is_skipped_in_every_shard():
     """`lax.cond` survives the `vmap` over shards, for the step is the same for all of them."""
-    row = next(row for row in table.ROWS if len(row.evaluations) > 1)
+    row = table.first(skips=True)
     variant, params = row.make(), table.params()
     calls = []
 
