@@ -11,11 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 import optax_sam
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _in_float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 
 def valley(w):

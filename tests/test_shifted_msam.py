@@ -20,12 +20,6 @@ BATCHES = [table.batch(seed=seed) for seed in range(6)]
 RADIUS = optax.linear_schedule(0.0, 0.25, 4)  # Exact in float32.
 
 
-@pytest.fixture
-def in_float64():
-    with jax.enable_x64(True):
-        yield
-
-
 def in_double(tree):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tree)
 
