@@ -3,7 +3,7 @@
 import inspect
 import operator
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -64,13 +64,6 @@ def scalar_or_schedule(name: str, value: Any, *, low: float = 0.0, high: float =
     """As `number`, but a schedule (any callable of the step) passes."""
     if callable(value):
         return
-    if hasattr(value, "init") and hasattr(value, "update"):
-        msg = (
-            f"`{name}` must be a number or a schedule, got an optimizer. That is the form of "
-            "`optax.contrib.sam(optimizer, adv_optimizer)`; here the optimizer comes after the variant in a "
-            "chain: `optax.chain(optax_sam.sam(0.05), optax.sgd(0.1))`."
-        )
-        raise TypeError(msg)
     if not isinstance(value, jax.Array | np.ndarray | np.generic | int | float) or isinstance(value, bool):
         msg = (
             f"`{name}` must be a number or a schedule (a function of the step), "
@@ -169,9 +162,25 @@ def same_shapes(name: str, tree: Any, params: Any, *, updates: bool = False) -> 
             raise ValueError(msg)
 
 
+def is_optimizer(value: Any) -> bool:
+    """Whether this is an Optax transformation."""
+    return callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
+
+
+def no_optimizer(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuses a constructor's arguments in the form of `optax.contrib.sam`."""
+    if is_optimizer(args[0] if args else kwargs.get("optimizer")):
+        msg = (
+            f"`{name}` takes a radius, got an optimizer. That is the form of `optax.contrib.sam(optimizer, "
+            "adv_optimizer)`; here the optimizer comes after the variant in a chain: "
+            f"`optax.chain({name}(rho=0.05), optax.sgd(0.1))`."
+        )
+        raise TypeError(msg)
+
+
 def optimizer(name: str, value: Any) -> None:
     """Refuses what is not an Optax transformation."""
-    if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
+    if not is_optimizer(value):
         msg = (
             f"`{name}` must be an Optax optimizer such as `optax.sgd(0.1)`, got {value!r} of type "
             f"{type(value).__name__}."

@@ -93,6 +93,8 @@ def constructor(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def make(*args: P.args, **kwargs: P.kwargs) -> T:
+        if "rho" in [*signature.parameters][:1]:
+            _checks.no_optimizer(name, args, kwargs)
         # `optax.inject_hyperparams` names every argument. Its arrays are what is in force; arrays that a user
         # passes are constants.
         if args or kwargs.keys() != signature.parameters.keys():
