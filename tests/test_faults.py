@@ -194,6 +194,25 @@ def test_multi_steps_around_a_whole_optimizer(row: Row) -> None:
         evaluate(row.make(), tx.init(PARAMS))
 
 
+def test_multi_steps_inside_msam() -> None:
+    """The momentum, and so the perturbed point, stays until all batches were seen."""
+    whole = optax_sam.msam(optax.sgd(0.1, momentum=0.9), 0.2)
+    parts = optax_sam.msam(optax.MultiSteps(optax.sgd(0.1, momentum=0.9), 2).gradient_transformation(), 0.2)
+
+    def train(variant: Any, batches: Any) -> Any:
+        params, state = PARAMS, variant.init(PARAMS)
+        for batch in batches:
+            _, grads = optax_sam.sam_value_and_grad(table.loss, variant)(params, batch, state=state)
+            updates, state = variant.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    halves = [half for i in range(3) for half in jnp.split(table.batch(seed=i), 2)]
+    chex.assert_trees_all_close(
+        train(parts, halves), train(whole, [table.batch(seed=i) for i in range(3)]), rtol=1e-5
+    )
+
+
 def test_identity_before_the_variant() -> None:
     """Its state is that of a clip, which would be wrong there."""
     tx = optax.chain(optax.identity(), SAM, optax.sgd(0.1))

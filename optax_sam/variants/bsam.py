@@ -62,7 +62,8 @@ def bsam(
 
     .. warning::
       What it returns are updates, sign and learning rate included: `optax.chain(bsam(...),
-      optax.adamw(...))` would be wrong.
+      optax.adamw(...))` is wrong. `sam_value_and_grad` refuses it where the state shows another optimizer;
+      a single link without a state, such as `optax.scale(-0.1)`, looks like a clip.
 
     Args:
       learning_rate: :math:`\eta`, >= 0, or a schedule of the step; 0.25 to 1 with a warm-up and a cosine.

@@ -67,7 +67,8 @@ def msam(
     Args:
       base_optimizer: The optimizer, its learning rate included, with one momentum in its state: the
         `trace` of `optax.sgd(..., momentum=...)`, or the first moment `mu` of `optax.adam` and its like, of
-        `optax.contrib.muon` for example. Its weight decay acts on the unperturbed params.
+        `optax.contrib.muon` for example. Its weight decay acts on the unperturbed params. In
+        `optax.MultiSteps(..., n).gradient_transformation()` it makes one step of n batches.
       rho: The radius, >= 0, or a schedule of the step; 0 recovers the base optimizer. About ten times
         that of SAM.
       ascent: The rule that makes a perturbation of the momentum; None for

@@ -104,8 +104,10 @@ def decoupled_wsam(
 
     .. warning::
       What it returns are updates, signs and learning rate included: `optax.chain(decoupled_wsam(...),
-      optax.adamw(...))` would be wrong. And beside an adaptive base optimizer the term is not scaled
-      down by its preconditioner: steps can be many times the learning rate.
+      optax.adamw(...))` is wrong. `sam_value_and_grad` refuses it where the state shows another optimizer;
+      a single link without a state, such as `optax.scale(-0.1)`, looks like a clip. And beside an adaptive
+      base optimizer the term is not scaled down by its preconditioner: steps can be many times the learning
+      rate.
 
     Args:
       base_optimizer: The optimizer of the clean gradient, its own learning rate included.
