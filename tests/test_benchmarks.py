@@ -13,6 +13,7 @@ import peers
 import pytest
 import scaling
 import step_cost
+import tiers
 import timing
 
 PROGRAMS = {
@@ -23,6 +24,7 @@ PROGRAMS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda module: module.__name__)
 def test_quick_form(program, tmp_path, capsys):
     report = program.main(["--quick", "--output", str(tmp_path), *PROGRAMS[program]])
@@ -34,6 +36,7 @@ def test_quick_form(program, tmp_path, capsys):
     assert (tmp_path / f"{program.__name__}.png").stat().st_size > 1000
 
 
+@pytest.mark.full
 def test_step_cost_on_devices(tmp_path):
     options = ["--quick", "--devices", "8", "--rounds", "0", "--networks", "mlp", "--variants", "sam"]
     (rows,) = step_cost.main([*options, "--output", str(tmp_path)]).values()
@@ -124,7 +127,7 @@ def test_pairs_of_times():
     assert f"{timing.spread([1.0, 2.0, 3.0]):.1f}" == "2.0 (1.5-2.5)"
 
 
-@pytest.mark.parametrize("guarded", [False, True])
+@pytest.mark.parametrize("guarded", tiers.later([False, True], [False]))
 def test_handwritten_rules_are_those_of_the_library(guarded):
     """What costs are compared with computes the same: params and loss of three steps."""
 
@@ -151,6 +154,7 @@ def test_handwritten_rules_are_those_of_the_library(guarded):
     assert len({np.asarray(w).tobytes() for (w, _), _ in ends.values()}) == len(ends)  # Each its own rule.
 
 
+@pytest.mark.full
 def test_step_cost_against_guarded_rules(tmp_path, capsys):
     options = ["--quick", "--rounds", "0", "--networks", "mlp", "--variants", "async_sam, perturbed"]
     tables = [step_cost.main([*options, *how, "--output", str(tmp_path)]) for how in ([], ["--guarded"])]

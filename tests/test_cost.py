@@ -10,6 +10,7 @@ import networks
 import optax
 import pytest
 import table
+import tiers
 from timing import flops, temporary_bytes
 
 import optax_sam
@@ -18,6 +19,7 @@ BASE = by_hand.BASE
 # Batches so large that arithmetic on the params, of which a step has the same whatever the batch, is
 # below a hundredth of a gradient.
 BATCHES = {"mlp": 512, "cnn": 8, "transformer": 8}
+FEW_RULES = ("gsam", "looksam", "async_sam, perturbed")
 TWO_GRADIENTS = [row for row in table.ROWS if row.evaluations == (2,) and row.algebra <= 30]
 
 
@@ -84,7 +86,7 @@ def allowance(name: str) -> int:
     return 4096 + (small_leaves(name) if name == "transformer" else 0)
 
 
-@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("name", tiers.later(BATCHES, ["mlp"]))
 def test_sam_is_the_handwritten_step(name: str) -> None:
     """In operations and, but for what little `allowance` tells, in memory."""
     ours, theirs = sam_program(name), hand("sam", name)
@@ -93,6 +95,7 @@ def test_sam_is_the_handwritten_step(name: str) -> None:
     assert temporary_bytes(ours) <= temporary_bytes(theirs) + allowance(name)
 
 
+@pytest.mark.full
 def test_gsam_is_two_gradients_of_a_transformer() -> None:
     ours = library(by_hand.RULES["gsam"][2], "transformer")
     assert 2.0 <= gradients(ours, "transformer") <= 2.02
@@ -116,7 +119,9 @@ def test_flops_are_those_of_the_evaluations(row: table.Row) -> None:
     assert -1 <= excess / problem().size <= row.algebra
 
 
-@pytest.mark.parametrize("rule", ["sam", "asam", "gsam", "wsam", "saner", "extragradient", "async_sam"])
+@pytest.mark.parametrize(
+    "rule", tiers.later(["sam", "asam", "gsam", "wsam", "saner", "extragradient", "async_sam"], ["saner"])
+)
 def test_two_gradients_of_a_small_batch(rule: str) -> None:
     """To a hundredth those of the rule by hand, although arithmetic on params shows at such a batch."""
     name = "mlp of 128"
@@ -124,13 +129,15 @@ def test_two_gradients_of_a_small_batch(rule: str) -> None:
     assert 1.99 <= gradients(program, name) <= 1.01 * gradients(hand(rule, name), name)
 
 
-@pytest.mark.parametrize("rule", [rule for rule in by_hand.RULES if rule not in ("sgd", "sam")])
+@pytest.mark.parametrize(
+    "rule", tiers.later([rule for rule in by_hand.RULES if rule not in ("sgd", "sam")], FEW_RULES)
+)
 def test_memory_is_that_of_the_handwritten_rule(rule: str) -> None:
     """But for partial sums, and in two rules for less than a copy of the params."""
     assert temporary_bytes(library(by_hand.RULES[rule][2])) <= 1.01 * temporary_bytes(hand(rule))
 
 
-@pytest.mark.parametrize("rule", [rule for rule in by_hand.RULES if rule != "sgd"])
+@pytest.mark.parametrize("rule", tiers.later([rule for rule in by_hand.RULES if rule != "sgd"], FEW_RULES))
 def test_memory_of_a_step_that_overwrites_its_state(rule: str) -> None:
     """As training does it: temporaries cannot lie, uncounted, in what the step returns.
 
@@ -143,6 +150,7 @@ def test_memory_of_a_step_that_overwrites_its_state(rule: str) -> None:
     assert temporary_bytes(ours) <= temporary_bytes(hand(rule, overwrites=True, guarded=guarded)) + extra
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["cnn", "transformer"])
 def test_memory_of_a_sam_step_that_overwrites_its_state(name: str) -> None:
     ours = sam_program(name, overwrites=True)

@@ -13,6 +13,7 @@ import optax
 import pytest
 import quick
 import table
+import tiers
 import train_digits
 
 import optax_sam
@@ -49,6 +50,7 @@ def test_quick_run_as_a_user_starts_it(tmp_path):
         assert f"{row['final']['mean']:.1f} ± {row['final']['sd']:.1f}" in done.stdout
 
 
+@pytest.mark.full
 def test_comparison(tmp_path, capsys, monkeypatch):
     # Two will do for the report; every variant is trained in the test of gradient evaluations.
     assert compare_variants.RECIPES is digits_recipes.RECIPES
@@ -81,7 +83,7 @@ def test_every_variant_of_the_package_has_a_recipe():
     assert {row.constructor.__name__ for row in table.ROWS} | {"ire"} <= set(digits_recipes.RECIPES)
 
 
-@pytest.mark.parametrize("name", digits_recipes.RECIPES)
+@pytest.mark.parametrize("name", tiers.later(digits_recipes.RECIPES, ["sam", "looksam", "hessian_sam"]))
 def test_gradient_evaluations_are_as_the_table_says(name, monkeypatch):
     calls = []
 
@@ -178,7 +180,7 @@ def test_convolution_is_that_of_lax(stride, size):
     np.testing.assert_allclose(result, expected + params["params"]["bias"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("base", digits_recipes.BASES)
+@pytest.mark.parametrize("base", tiers.later(digits_recipes.BASES, ["momentum"]))
 def test_base_optimizers_learn_with_sam_and_l2(base):
     setting = digits_recipes.Setting(base, None, 1e-3, steps=200)
     arm = _arm("sam", setting)
@@ -203,6 +205,7 @@ def test_l2_is_added_after_the_variant():
     )
 
 
+@pytest.mark.full
 def test_cnn_learns_with_the_radius_meant_for_it(tmp_path):
     options = train_digits.parse(["--model", "cnn", "--output", str(tmp_path)])
     setting = digits_recipes.Setting("momentum", None, 0.0, steps=60)
@@ -300,6 +303,7 @@ def test_the_sentence_compares_with_tuned_l2(tuned, words):
     assert words in train_digits.meaning(_report([12.0, 12.0], tuned), "sam", "tuned")
 
 
+@pytest.mark.full
 def test_claim_sam_resists_wrong_labels(tmp_path):
     """The main job on two of its five seeds: 12 points of final accuracy, more than 5 on each seed."""
     report = train_digits.main(["--seeds", "2", "--output", str(tmp_path)])

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 import optax_sam
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("program", "printed"),
     [

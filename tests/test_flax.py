@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 import table
+import tiers
 from flax.training import train_state
 from flax.training.dynamic_scale import DynamicScale
 from quick import QUICK
@@ -234,7 +235,7 @@ class TinyResNet(nn.Module):
         return jnp.asarray(nn.Dense(3, dtype=self.dtype)(x + nn.relu(y)), jnp.float32)
 
 
-@pytest.mark.parametrize("half_precision", [False, True])
+@pytest.mark.parametrize("half_precision", tiers.later([False, True], [True]))
 def test_imagenet_example_changes_by_two_lines(half_precision: bool) -> None:
     """Linen, pmap over 8 devices, BatchNorm, dynamic scale, an L2 penalty in the loss."""
     images = jax.random.normal(jax.random.key(0), (8, 4, 6))

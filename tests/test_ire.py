@@ -285,6 +285,7 @@ def test_a_bare_gradient_around_a_variant_says_what_to_do():
         tx.update(ONES, tx.init(PARAMS), PARAMS)
 
 
+@pytest.mark.full
 def test_a_fraction_is_exact_beyond_the_whole_numbers_of_float32():
     """All of 2^24 + 1 coordinates are flat, also the last of them."""
     with jax.enable_x64(False):

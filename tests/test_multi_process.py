@@ -50,6 +50,7 @@ def story(tmp_path_factory):
     }
 
 
+@pytest.mark.full
 def test_a_process_that_hangs_ends_the_run(story):
     status, output, seconds = story["hung"]
     assert status == 1, output
@@ -58,6 +59,7 @@ def test_a_process_that_hangs_ends_the_run(story):
     assert seconds < LIMIT
 
 
+@pytest.mark.full
 def test_a_process_that_dies_ends_the_run(story):
     status, output, _ = story["dead"]
     assert status == 1, output
@@ -65,6 +67,7 @@ def test_a_process_that_dies_ends_the_run(story):
     assert "continues after step 3\n" in output
 
 
+@pytest.mark.full
 def test_the_continued_run_is_the_undisturbed_run_of_one_process(story):
     status, output, _ = story["continued"]
     assert status == 0, output

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 import table
+import tiers
 from flax.training.train_state import TrainState
 from jax.sharding import PartitionSpec
 
@@ -250,7 +251,11 @@ LINKS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", LINKS)
+# A transformation of the direction, a mask, a wrapper and a schedule.
+FEW_LINKS = ("clip_by_global_norm", "partition", "MultiSteps", "apply_if_finite", "schedule")
+
+
+@pytest.mark.parametrize("name", tiers.later(LINKS, FEW_LINKS))
 def test_links(name: str) -> None:
     tx = optax.chain(VARIANT, LINKS[name]())
     actual, expected = train(tx, pair), by_hand(LINKS[name]())
@@ -344,7 +349,7 @@ def test_frozen_params_do_not_move() -> None:
     np.testing.assert_allclose(norm, 0.1, rtol=1e-5)
 
 
-@pytest.mark.parametrize("frequency", [None, 3])
+@pytest.mark.parametrize("frequency", tiers.later([None, 3], [3]))
 def test_average_of_params(frequency: int | None) -> None:
     """Keras's `use_ema`, `ema_momentum` and `ema_overwrite_frequency`, from Optax's parts, against numpy."""
     momentum = 0.9

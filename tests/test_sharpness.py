@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiers
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -263,7 +264,7 @@ class TestClosedForms:
 class TestRescaling:
     """Which measures do not change when a layer is scaled up and the next one down."""
 
-    @pytest.mark.parametrize("ord", [2.0, jnp.inf])
+    @pytest.mark.parametrize("ord", tiers.later([2.0, jnp.inf], [2.0]))
     def test_worst_case(self, ord: float) -> None:
         measure = functools.partial(sharpness.worst_case_sharpness, relu_loss_fn, batches=DATA, ord=ord)
         other = rescaled(NET, 4.0)
@@ -353,6 +354,8 @@ STREAMED = [
 MEASURES = [*STREAMED, _eigenvalues, _trace, _diagonal, _density]
 # Without the measures that run the programs of other measures.
 DISTINCT = [m for m in MEASURES if m not in (_adaptive, _gap, _diagonal)]
+# One that streams, one that keeps all batches, and one that draws.
+FEW = (_one_step, _eigenvalues, _average)
 # Batches of 10, 10 and 4 examples. All sizes are even, so that sets of two stay within a batch.
 SPLIT = [(IMAGES[i : i + 10], LABELS[i : i + 10]) for i in (0, 10, 20)]
 
@@ -364,7 +367,7 @@ class _Loader:
         return iter(SPLIT)
 
 
-@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("measure", tiers.later(MEASURES, FEW))
 def test_streaming_equals_the_full_batch(measure: Any) -> None:
     whole = measure(small_loss_fn, SMALL, DATA)
     for batches in (SPLIT, _Loader(), iter(SPLIT)):
@@ -391,7 +394,7 @@ def counting(function: Any) -> tuple[Any, list[int]]:
     return counted, traces
 
 
-@pytest.mark.parametrize("measure", DISTINCT)
+@pytest.mark.parametrize("measure", tiers.later(DISTINCT, FEW))
 def test_no_retracing_per_batch(measure: Any) -> None:
     counted, traces = counting(small_loss_fn)
     equal = [(IMAGES[i : i + 6], LABELS[i : i + 6]) for i in (0, 6, 12)]
@@ -406,7 +409,9 @@ def test_no_retracing_per_batch(measure: Any) -> None:
     assert len(traces) == first
 
 
-@pytest.mark.parametrize("measure", [_one_step, _worst_case, _average, sharpness.gradient_norm, _flatness])
+@pytest.mark.parametrize(
+    "measure", tiers.later([_one_step, _worst_case, _average, sharpness.gradient_norm, _flatness], FEW)
+)
 def test_a_ragged_batch_traces_once_more(measure: Any) -> None:
     counted, traces = counting(small_loss_fn)
     measure(counted, SMALL, SPLIT[:2])
@@ -416,7 +421,7 @@ def test_a_ragged_batch_traces_once_more(measure: Any) -> None:
         assert len(traces) == 2 * first
 
 
-@pytest.mark.parametrize("measure", DISTINCT)
+@pytest.mark.parametrize("measure", tiers.later(DISTINCT, FEW))
 def test_sharded_params(measure: Any) -> None:
     mesh = Mesh(np.array(jax.devices()), ("x",), axis_types=(AxisType.Auto,))
 
@@ -499,7 +504,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"`loss_fn` must return a scalar.* a tuple.*Average"):
             measure(lambda p, b: (small_loss_fn(p, b), {}), SMALL, DATA)
 
-    @pytest.mark.parametrize("measure", MEASURES)
+    @pytest.mark.parametrize("measure", tiers.later(MEASURES, FEW))
     def test_loss_that_is_not_finite(self, measure: Any) -> None:
         poisoned = jax.tree.map(lambda w: w.at[0].set(jnp.nan), SMALL)
         with pytest.raises(ValueError, match="must be finite at params"):

@@ -5,8 +5,10 @@ every capability; marks say what else waits for `--full`, and what is asked of e
 """
 
 import collections
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
+
+import pytest
 
 FULL = False
 """Whether everything runs; set by `conftest.py`, before any test is imported."""
@@ -35,6 +37,11 @@ def cover(rows: Iterable[Any]) -> list[Any]:
         found.append(best)
         missing -= best.capabilities
     return found
+
+
+def later(values: Iterable[Any], now: Collection[Any]) -> list[Any]:
+    """Values for `pytest.mark.parametrize`, of which all but those of `now` wait for `--full`."""
+    return [pytest.param(value, marks=() if value in now else pytest.mark.full) for value in values]
 
 
 def some(rows: Iterable[Any]) -> list[Any]:
