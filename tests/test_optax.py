@@ -221,8 +221,8 @@ def test_map_params_makes_shardings() -> None:
         transform_non_params=lambda _: PartitionSpec(),
     )
     found = optax.tree.get(specs, "SAMState")
-    assert set(jax.tree.leaves(found.memory)) == {PartitionSpec("data")}
-    assert found.step == found.rho == PartitionSpec()
+    assert set(jax.tree.leaves(found.memory.orthogonal)) == {PartitionSpec("data")}
+    assert found.memory.length == found.step == found.rho == PartitionSpec()
 
 
 # Links after the variant: they act on the direction as they would on a gradient.
