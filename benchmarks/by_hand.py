@@ -155,7 +155,7 @@ RULES: dict[str, tuple[Rule, bool, Any]] = {
     "gsam": (gsam, False, optax_sam.gsam(RHO, 0.4)),
     "wsam": (wsam, False, optax_sam.wsam(RHO, 0.9)),
     "saner": (saner, False, optax_sam.saner(RHO, 0.5)),
-    "extragradient": (extragradient, False, optax_sam.extragradient(RHO)),
+    "extragradient": (extragradient, False, optax_sam.extragradient(RHO, weights=(1.0, 1.0))),
     "hessian_sam": (hessian_sam, False, optax_sam.hessian_sam(RHO)),
     "looksam": (looksam, True, optax_sam.looksam(RHO, 5, 0.7)),
     "async_sam": (async_sam, True, optax_sam.async_sam(RHO)),

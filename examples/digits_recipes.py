@@ -168,7 +168,9 @@ RECIPES = {
     "custom_same": Recipe(_before_base(lambda rho: optax_sam.custom_same(rho, condition=2.0)), 0.7),
     "saner": Recipe(_before_base(optax_sam.saner), 0.5),
     "hessian_sam": Recipe(_before_base(optax_sam.hessian_sam), 1.0, gradients=1, products=1),
-    "extragradient": Recipe(_before_base(optax_sam.extragradient), 0.01, radius="step"),
+    "extragradient": Recipe(
+        _before_base(lambda step: optax_sam.extragradient(step, weights=(1.0, 1.0))), 0.01, radius="step"
+    ),
     "ire": Recipe(_ire, None, gradients=1),
     "ire_sam": Recipe(_ire_sam, 0.7),
 }

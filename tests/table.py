@@ -256,7 +256,7 @@ ROWS = (
     _row(
         "extragradient",
         optax_sam.extragradient,
-        kwargs={"step_size": 0.01},
+        kwargs={"step_size": 0.01, "weights": (1.0, 1.0)},
         base_at_zero=False,
         radius="step_size",
         divides_by_norm=False,

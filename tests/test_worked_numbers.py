@@ -250,7 +250,7 @@ DIRECTIONS = {
     "E7, clean": (optax_sam.gsam(0.1, 0.4, objective="clean"), W0, (10.0035466672, 0.964533327874)),
     "E8, 0.8": (optax_sam.wsam(0.1, 0.8), W0, (13.9801487608, 1.03980148761)),
     "E8, 0.9": (optax_sam.wsam(0.1, 0.9), W0, (18.9553347119, 1.08955334712)),
-    "E11, A": (optax_sam.extragradient(0.01), W0, (19.0, 1.99)),
+    "E11, A": (optax_sam.extragradient(0.01, weights=(1.0, 1.0)), W0, (19.0, 1.99)),
     "E11, B": (optax_sam.extragradient(0.01, weights=(1.0, 0.01)), W0, (10.09, 1.0099)),
     "E11, EG": (optax_sam.extragradient(0.01, weights=(0.0, 1.0)), W0, (9.0, 0.99)),
     "E11, EG-SAM": (
@@ -324,7 +324,12 @@ WALKS = {
         (L1,),
         {0: (0.502233264456, 0.945522333144)},
     ),
-    "E11, A": (optax_sam.extragradient(0.01), optax.sgd(0.01), (L1,), {0: (0.81, 0.9801)}),
+    "E11, A": (
+        optax_sam.extragradient(0.01, weights=(1.0, 1.0)),
+        optax.sgd(0.01),
+        (L1,),
+        {0: (0.81, 0.9801)},
+    ),
     "E11, B": (
         optax_sam.extragradient(0.01, weights=(1.0, 0.01)),
         optax.sgd(0.01),

@@ -13,7 +13,7 @@ from optax_sam._variant import SharpnessAwareTransformation, constructor, sharpn
 
 @constructor
 def extragradient(
-    step_size: optax.ScalarOrSchedule = 0.01, *, weights: tuple[float, float] = (1.0, 1.0)
+    step_size: optax.ScalarOrSchedule = 0.01, *, weights: tuple[float, float] = (0.5, 0.5)
 ) -> SharpnessAwareTransformation:
     r"""Mixes the gradient here with the gradient where a descent step would lead.
 
@@ -25,9 +25,10 @@ def extragradient(
     Args:
       step_size: The look-ahead step :math:`\gamma`, >= 0, or a schedule of the step; 0 recovers the base
         optimizer for weights that sum to one.
-      weights: The weights (a, b) of the gradient here and of the one ahead. (1, 1) sums them, (0, 1) is
-        the extragradient method, (0.5, 0.5) averages; (1, step_size) is a plain step followed by a
-        small one of the gradient ahead.
+      weights: The weights (a, b) of the gradient here and of the one ahead. (0.5, 0.5) averages, (0, 1) is
+        the extragradient method; (1, step_size) is a plain step followed by a small one of the gradient
+        ahead. (1, 1) sums them, which doubles the learning rate: halve it, or it may be too large (30
+        points lost in one of 12 cells of docs/tuning.md).
 
     Returns:
       A transformation on the mechanism of the sharpness-aware ones. Two gradient evaluations a step, no
@@ -39,7 +40,7 @@ def extragradient(
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam
       >>> loss = lambda w: (10 * w[0] ** 2 + w[1] ** 2) / 2
-      >>> variant = optax_sam.extragradient(0.01)
+      >>> variant = optax_sam.extragradient(0.01, weights=(1.0, 1.0))
       >>> params = jnp.array([1.0, 1.0])
       >>> state = variant.init(params)
       >>> _, grads = optax_sam.sam_value_and_grad(loss, variant)(params, state=state)
