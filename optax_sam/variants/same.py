@@ -151,7 +151,7 @@ def custom_same(
     Args:
       rho: The radius, >= 0, or a schedule of the step.
       condition: The factor c, > 0; 1 recovers SAM. The note takes 2, which lost 30 points in one of 12
-        cells of docs/tuning.md, as a doubled learning rate might, and 1.5 lost 12.
+        cells of docs/tuning.md, and 1.5 lost 12.
       ascent: The ascent rule; None for `optax_sam.ascent.normalized()`.
 
     Returns:
