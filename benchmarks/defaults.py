@@ -208,7 +208,7 @@ CASES = {
     "gsam": Case(optax_sam.gsam, GSAM),
     "wsam": Case(optax_sam.wsam, WSAM, none={"gamma": 0.6}),
     "decoupled_wsam": Case(
-        optax_sam.decoupled_wsam, DECOUPLED_WSAM, kind="base and rate", none={"gamma": 0.9}
+        optax_sam.decoupled_wsam, DECOUPLED_WSAM, kind="base and rate", none={"gamma": 0.8}
     ),
     "looksam": Case(optax_sam.looksam, LOOKSAM),
     "async_sam": Case(optax_sam.async_sam, USUAL),
