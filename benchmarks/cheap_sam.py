@@ -171,8 +171,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     curves, small = quality(options.methods, options.seeds, options.epochs)
     large = cost(options.methods, options.network, size, rounds)
     report = summarize(curves, small, large)
-    print(headline(options), table(report), meaning(report), sep="\n\n")
-    timing.save(figure(report), options.output, "cheap_sam")
+    words = [] if options.quick else [meaning(report)]
+    print(headline(options), table(report), *words, sep="\n\n")
+    timing.save(figure(report), options, "cheap_sam")
     return report
 
 

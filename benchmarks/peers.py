@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             rows.append([*cells, "" if "sgd" in name else f"{against:.2f}"])
     columns = ["step", "batch", "ms", "time (its sgd = 1)", "optax_sam's time (this = 1)"]
     print("\nMLP 64-256-256-10, float32:\n\n" + timing.markdown(columns, rows))
-    timing.save(figure(report), options.output, "peers")
+    timing.save(figure(report), options, "peers")
     return report
 
 

@@ -18,13 +18,15 @@ from typing import Any
 
 # The batch per data shard, and the network: the collectives do not depend on the number of layers but
 # by a factor, so few of them do.
-LAYERS, WIDTH, HEADS, HIDDEN, VOCABULARY, LENGTH, EXAMPLES = 4, 1024, 16, 4096, 8192, 256, 2
+NETWORK = {"layers": 4, "width": 1024, "heads": 16, "hidden": 4096, "vocabulary": 8192, "length": 256}
+QUICK_NETWORK = {"layers": 2, "width": 64, "heads": 4, "hidden": 128, "vocabulary": 256, "length": 16}
+EXAMPLES = 2
 MESHES = {8: (4, 2), 64: (16, 4), 256: (64, 4)}
 LAYOUTS = ("replicated", "fsdp")
 METHODS = ("AdamW", "SAM, global", "SAM, per device", "LookSAM, SAM step", "LookSAM, other step")
 
 
-def measure(num_devices: int, layout: str) -> None:
+def measure(num_devices: int, layout: str, network: dict[str, int]) -> None:
     """Prints the rows for one mesh and layout, in a process that was started with so many devices."""
     import hlo
     import jax
@@ -35,18 +37,19 @@ def measure(num_devices: int, layout: str) -> None:
 
     import optax_sam
 
+    layers, width, heads, hidden, vocabulary, length = network.values()
     data, model = MESHES[num_devices]
     mesh = jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
     # The params of all layers in one array each, the layers being scanned over. Every matrix is cut over
     # `model` as in tensor parallelism and, in the layout "fsdp", over `data` as well.
     cut = {
-        "embedding": ((VOCABULARY, WIDTH), ("model", "data")),
-        "query_key_value": ((LAYERS, WIDTH, 3, WIDTH), (None, "data", None, "model")),
-        "projection": ((LAYERS, WIDTH, WIDTH), (None, "model", "data")),
-        "up": ((LAYERS, WIDTH, HIDDEN), (None, "data", "model")),
-        "down": ((LAYERS, HIDDEN, WIDTH), (None, "model", "data")),
-        "scale": ((LAYERS, 2, WIDTH), ()),
+        "embedding": ((vocabulary, width), ("model", "data")),
+        "query_key_value": ((layers, width, 3, width), (None, "data", None, "model")),
+        "projection": ((layers, width, width), (None, "model", "data")),
+        "up": ((layers, width, hidden), (None, "data", "model")),
+        "down": ((layers, hidden, width), (None, "model", "data")),
+        "scale": ((layers, 2, width), ()),
     }
     without_data = {
         name: tuple(None if axis == "data" else axis for axis in axes) for name, (_, axes) in cut.items()
@@ -65,10 +68,10 @@ def measure(num_devices: int, layout: str) -> None:
 
     def block(x: jax.Array, layer: dict[str, jax.Array]) -> tuple[jax.Array, None]:
         layer = {name: gathered(name, value) for name, value in layer.items()}
-        batch, length, _ = x.shape
+        batch, *_ = x.shape
         h = normalize(x, layer["scale"][0])
         q, k, v = jnp.moveaxis(jnp.einsum("btw,wcv->btcv", h, layer["query_key_value"]), 2, 0)
-        q, k, v = (a.reshape(batch, length, HEADS, WIDTH // HEADS) for a in (q, k, v))
+        q, k, v = (a.reshape(batch, length, heads, width // heads) for a in (q, k, v))
         attended = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape)
         x = x + attended @ layer["projection"]
         h = normalize(x, layer["scale"][1])
@@ -77,8 +80,8 @@ def measure(num_devices: int, layout: str) -> None:
     def loss(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
         embedding = gathered("embedding", params["embedding"])
         x = embedding[tokens[:, :-1]]
-        layers = {name: value for name, value in params.items() if name != "embedding"}
-        x, _ = jax.lax.scan(jax.checkpoint(block), x, layers)
+        stack = {name: value for name, value in params.items() if name != "embedding"}
+        x, _ = jax.lax.scan(jax.checkpoint(block), x, stack)
         logits = x @ embedding.T
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]))
 
@@ -87,7 +90,7 @@ def measure(num_devices: int, layout: str) -> None:
         for name, (shape, _) in cut.items()
     }
     tokens = jax.ShapeDtypeStruct(
-        (EXAMPLES * data, LENGTH + 1), jnp.int32, sharding=NamedSharding(mesh, P("data"))
+        (EXAMPLES * data, length + 1), jnp.int32, sharding=NamedSharding(mesh, P("data"))
     )
     size = sum(x.size for x in jax.tree.leaves(params))
 
@@ -171,11 +174,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=list(LAYOUTS),
         help="of params over data (default both)",
     )
+    quick = "a small network on the smallest mesh, to see that everything runs"
+    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.inside:
-        measure(options.devices[0], options.layouts[0])
+        measure(options.devices[0], options.layouts[0], QUICK_NETWORK if options.quick else NETWORK)
         return
+    if options.quick:
+        options.devices, options.layouts = [min(MESHES)], ["replicated"]
     from importlib.metadata import version
 
     packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "optax"))
@@ -204,8 +211,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 str(num_devices),
                 "--layouts",
                 layout,
+                *(["--quick"] if options.quick else []),
             ]
             subprocess.run(command, env=environment, check=True)
+    if options.quick:
+        print("\nsmoke test, not a result")
 
 
 if __name__ == "__main__":

@@ -155,12 +155,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         {name: exponent([one[name] for one in by_size], "size", "seconds") for name in by_size[0]},
         {name: exponent([one[name] for one in by_leaves], "leaves", "compile") for name in by_leaves[0]},
     )
-    for growth, what in zip(
-        report, ("Time grows with the params", "Compile time with the leaves"), strict=True
-    ):
+    words = ("Time grows with the params", "Compile time with the leaves")
+    for growth, what in zip(report, () if options.quick else words, strict=not options.quick):
         powers = ", ".join(f"{name} {power:.2f}" for name, power in growth.items())
         print(f"\n{what}, between the two largest numbers, to the power of: {powers}.")
-    timing.save(figure(by_size, by_leaves), options.output, "scaling")
+    timing.save(figure(by_size, by_leaves), options, "scaling")
     return {"by_size": by_size, "by_leaves": by_leaves, "exponents": report}
 
 

@@ -258,7 +258,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[list[str]]]:
                 with jax.profiler.trace(str(options.trace / name / step.replace(", ", "_"))):
                     jax.block_until_ready(program.compiled(*program.arguments))
     if options.rounds:
-        timing.save(figure(tables, guards), options.output, "step_cost")
+        timing.save(figure(tables, guards), options, "step_cost")
+    elif options.quick:
+        print(f"\n{timing.SMOKE}")
     return tables
 
 

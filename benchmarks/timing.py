@@ -14,13 +14,16 @@ from typing import Any, NamedTuple
 
 import jax
 
+SMOKE = "smoke test, not a result"
+
 
 def parser(description: str | None, output: str) -> argparse.ArgumentParser:
     """The options that all benchmarks have."""
     result = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    result.add_argument("--quick", action="store_true", help="seconds instead of minutes, to try out")
+    quick = "seconds instead of minutes, to see that everything runs; it writes to `quick` in the folder"
+    result.add_argument("--quick", action="store_true", help=quick)
     result.add_argument(
         "--output", type=Path, default=Path(output), help="folder for the PNG (default: %(default)s)"
     )
@@ -52,6 +55,8 @@ def some_of(names: Iterable[str]) -> str:
 def parse(options: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses, makes the folder before anything is measured, and says on what."""
     result = options.parse_args(argv)
+    if result.quick:
+        result.output /= "quick"
     try:
         result.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -177,7 +182,9 @@ def tidy(axes: Any) -> None:
     axes.grid(alpha=0.25)
 
 
-def save(picture: Any, folder: Path, name: str) -> None:
-    """Writes a figure and says where."""
-    picture.savefig(folder / f"{name}.png", dpi=110)
-    print(f"\nWritten: {folder / name}.png")
+def save(picture: Any, options: argparse.Namespace, name: str) -> None:
+    """Writes a figure and says where; of a short form also that it says nothing."""
+    if options.quick:
+        print(f"\n{SMOKE}")
+    picture.savefig(options.output / f"{name}.png", dpi=110)
+    print(f"\nWritten: {options.output / name}.png")

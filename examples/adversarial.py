@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     print(headline(options))
     values: dict[str, dict[str, np.ndarray]] = {}
-    with tqdm(total=len(arms) * (options.epochs + 1), unit="epoch", dynamic_ncols=True) as bar:
+    with tqdm(total=len(arms) * (options.epochs + 1), unit="epoch", dynamic_ncols=True, disable=None) as bar:
         for arm in arms:
             bar.set_description(arm.name)
             params, _ = train_at_once(
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             bar.update()
 
     report = {"rows": reporting.compare(values)}
-    report["meaning"] = meaning(report["rows"], arms[0].name)
+    report["meaning"] = reporting.conclude(options, meaning(report["rows"], arms[0].name))
     print(reporting.comparison_table(report["rows"], "test accuracy, %"), report["meaning"], sep="\n\n")
     reporting.save(options, "adversarial", figure(report["rows"], radii), report)
     return report

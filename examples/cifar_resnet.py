@@ -23,6 +23,7 @@ import multi_host
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import reporting
 import training
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -368,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         arm: {name: curve[name] for name in [*names, "loss", "seconds"]} for arm, curve in curves.items()
     }
     report = training.summarize(shown, options.arms[0], columns)
-    words = training.verdict(report, "points of test accuracy")
+    words = reporting.conclude(options, training.verdict(report, "points of test accuracy"))
     heading = f"{options.epochs} epochs; mean ± standard deviation over {options.seeds} paired seeds"
     print(f"\n{heading}:\n{training.table(report)}\n\n{words}")
     panels = [

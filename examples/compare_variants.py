@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    shared_options(parser, output="results/digits", seeds=3)
+    shared_options(parser, output="results/compare_variants", seeds=3)
     options = reporting.finish(parser, argv)
     setting = Setting(
         options.base_optimizer,
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     report = summarize(curves, base.name)
     for arm, cost in zip([base, *variants, tuned], [1.0, *costs, 1.0], strict=True):
         report["arms"][arm.name]["gradients_per_step"] = cost
-    sentences = meaning(report, sam=variants[0].name)
+    sentences = reporting.conclude(options, meaning(report, sam=variants[0].name))
     print(table(report), sentences, CAVEAT, sep="\n\n")
     content = {**report, "meaning": sentences, "curves": lines_of(curves)}
     reporting.save(options, "compare_variants", figure(report, sam=variants[0].name), content)

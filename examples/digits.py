@@ -253,14 +253,15 @@ def train(
       label_noise: The fraction of training labels to make wrong.
       epochs: How often to go through the training images.
       batch_size: Images in a batch.
-      progress: Whether to show a progress bar.
+      progress: Whether to show a progress bar, on a terminal.
 
     Returns:
       The curves of each arm, by its name.
     """
     trainers = [_Trainer(MODELS[model](), arm) for arm in arms]
     rows = np.zeros((len(arms), len(Curves._fields), len(seeds), epochs))
-    with tqdm(total=len(seeds) * epochs, unit="epoch", disable=not progress, dynamic_ncols=True) as bar:
+    hidden = None if progress else True  # None: where there is no terminal.
+    with tqdm(total=len(seeds) * epochs, unit="epoch", dynamic_ncols=True, disable=hidden) as bar:
         bar.set_description("compiling")
         data, order = load(seeds[0], label_noise), batch_order(seeds[0], epochs, batch_size)
         for trainer in trainers:

@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(headline(options))
     curves: dict[float, dict[str, np.ndarray]] = {}
     digits_of_a_client = {}
-    with tqdm(total=len(options.alpha) * rounds, unit="round", dynamic_ncols=True) as bar:
+    with tqdm(total=len(options.alpha) * rounds, unit="round", dynamic_ncols=True, disable=None) as bar:
         for alpha in options.alpha:
             bar.set_description(f"alpha {alpha:g}")
             rows, weights, digits = [], [], []
@@ -134,10 +134,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             name: v[:, -max(1, rounds // 4) :].mean(axis=1) for name, v in named.items()
         }
     report = {"digits_of_a_client": digits_of_a_client, "rows": reporting.compare(rows)}
-    report["meaning"] = "\n".join(
+    words = "\n".join(
         f"{setting}: {reporting.verdict('FedSAM', 'FedAvg', row['FedSAM']['gain'], 'points of accuracy')}."
         for setting, row in report["rows"].items()
     )
+    report["meaning"] = reporting.conclude(options, words)
     print(reporting.comparison_table(report["rows"], "test accuracy, %"), report["meaning"], sep="\n\n")
     report["curves"] = {
         f"{alpha:g}": {name: v.round(3).tolist() for name, v in named.items()}

@@ -181,7 +181,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     seeds = reporting.seeds_of(options)
     values: dict[str, dict[str, np.ndarray]] = {}
     with tqdm(
-        total=1 + len(TRAINED) * len(options.bases) * len(options.labels), unit="part", dynamic_ncols=True
+        total=1 + len(TRAINED) * len(options.bases) * len(options.labels),
+        unit="part",
+        dynamic_ncols=True,
+        disable=None,
     ) as bar:
         bar.set_description("pretraining")
         start, task, before = pretrain(seeds, epochs=2 if options.quick else 20)
@@ -203,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     bar.update()
 
     report = {"pretraining": reporting.spread(100 * np.asarray(before)), "rows": reporting.compare(values)}
-    report["meaning"] = meaning(report["rows"])
+    report["meaning"] = reporting.conclude(options, meaning(report["rows"]))
     print(headline(options, report), reporting.comparison_table(report["rows"], "test accuracy, %"), sep="\n")
     print(f"\n{report['meaning']}")
     reporting.save(options, "finetune", figure(report["rows"], options), report)

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         f"Scikit-learn's digits, {NUM_TRAIN} training images; mlp, {options.epochs} epochs; "
         f"mean ± standard deviation over {options.seeds} paired seeds."
     )
-    with tqdm(total=len(arms) * options.epochs, unit="epoch", dynamic_ncols=True) as bar:
+    with tqdm(total=len(arms) * options.epochs, unit="epoch", dynamic_ncols=True, disable=None) as bar:
 
         def train(arm: Arm) -> Curves:
             bar.set_description(arm.name)
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         report["noises"][f"{noise:.0%}"] = {
             name: accuracies(curve, level[arms[0].name]) for name, curve in level.items()
         }
-    report["meaning"] = meaning(report, variants[0].name, arms[-1].name)
+    report["meaning"] = reporting.conclude(options, meaning(report, variants[0].name, arms[-1].name))
     print(table(report), report["meaning"], sep="\n\n")
     reporting.save(options, "label_noise", figure(report, variants[0].name, arms[-1].name), report)
     return report

@@ -80,12 +80,12 @@ def train(rho: jax.Array, params: optax.Params, data: Digits, order: jax.Array) 
     return Run(state.params, path, metrics)
 
 
-def measure(params: optax.Params, data: Digits, samples: int) -> dict[str, float]:
+def measure(params: optax.Params, data: Digits, samples: int, matvecs: int | None = None) -> dict[str, float]:
     """One row of the table: everything on the training set, but for the test accuracy."""
     batch = data.images, data.labels
     guesses = jnp.argmax(MODEL.apply({"params": params}, data.test_images), axis=-1)
     # The bars would cross the one of `main`.
-    top = sharpness.top_eigenpairs(loss_fn, params, batch, k=5, progress=False)
+    top = sharpness.top_eigenpairs(loss_fn, params, batch, k=5, num_matvecs=matvecs, progress=False)
     trace = sharpness.hessian_trace(loss_fn, params, batch, num_samples=samples, progress=False)
     worst = sharpness.worst_case_sharpness(loss_fn, params, batch, 0.5, progress=False)
     average = sharpness.average_sharpness(loss_fn, params, batch, 0.02, num_samples=samples, progress=False)
@@ -101,7 +101,7 @@ def measure(params: optax.Params, data: Digits, samples: int) -> dict[str, float
     return {name: float(value) for name, value in measured.items()}
 
 
-def draw(runs: dict[str, Run], data: Digits, path: Path, size: int, matvecs: int) -> None:
+def draw(runs: dict[str, Run], data: Digits, path: Path, size: int, matvecs: int | None = None) -> None:
     """Draws the two landscapes on the same scales, the sharpest directions, and the two spectra."""
     batch = data.images, data.labels
     figure = plt.figure(figsize=(11.5, 6.8), layout="constrained")
@@ -132,7 +132,9 @@ def draw(runs: dict[str, Run], data: Digits, path: Path, size: int, matvecs: int
     lines = {}
     for name, run in runs.items():
         # Five, as in `measure`: the program is compiled already.
-        sharpest, *_ = landscape.eigenvector_directions(loss_fn, run.params, batch, k=5, progress=False)
+        sharpest, *_ = landscape.eigenvector_directions(
+            loss_fn, run.params, batch, k=5, num_matvecs=matvecs, progress=False
+        )
         # An eigenvector has no sign of its own: the steeper side to the right.
         line = landscape.line(
             loss_fn, run.params, batch, sharpest, positions=np.linspace(-2.0, 2.0, 41), progress=False
@@ -144,7 +146,7 @@ def draw(runs: dict[str, Run], data: Digits, path: Path, size: int, matvecs: int
     spectrum = figure.add_subplot(cells[1, 2])
     densities = {
         name: sharpness.spectral_density(
-            loss_fn, run.params, batch, num_probes=2, num_matvecs=matvecs, progress=False
+            loss_fn, run.params, batch, num_probes=2, num_matvecs=matvecs or 60, progress=False
         )
         for name, run in runs.items()
     }
@@ -188,7 +190,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--figure", type=Path, help="file of the picture (default: OUTPUT/landscape.png)")
     reporting.common_options(
         parser,
-        "results",
+        "results/landscape",
         seeds=(3, 1, "how many seeds"),
         epochs=(100, 10),
         samples=(50, 5, "random samples of a measure, at least 2"),
@@ -213,12 +215,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the experiment."""
     args = parse(argv)
+    matvecs = 12 if args.quick else None  # Which the measures choose themselves.
     start = time.perf_counter()
     rows: dict[str, list[dict[str, float]]] = {"SGD": [], "SAM": []}
     first: dict[str, Run] = {}
     metrics: list[dict[str, list[float]]] = []
     jitted_train = jax.jit(train)
-    with tqdm(total=4 * args.seeds + 1, unit="part", dynamic_ncols=True) as bar:
+    with tqdm(total=4 * args.seeds + 1, unit="part", dynamic_ncols=True, disable=None) as bar:
         for seed in range(args.seeds):
             data, order = load(seed, label_noise=0.0), batch_order(seed, args.epochs, BATCH_SIZE)
             init = MODEL.init(jax.random.key(seed), data.images[:1])["params"]
@@ -227,18 +230,20 @@ def main(argv: Sequence[str] | None = None) -> None:
                 run = jax.block_until_ready(jitted_train(jnp.asarray(rho), init, data, order))
                 bar.update()
                 bar.set_description(f"seed {seed}: measuring {name}")
-                rows[name].append(measure(run.params, data, args.samples))
+                rows[name].append(measure(run.params, data, args.samples, matvecs))
                 bar.update()
                 if name == "SAM":
                     metrics.append({k: np.asarray(v).tolist() for k, v in run.metrics._asdict().items()})
                 if seed == 0:
                     first[name] = run
         bar.set_description("drawing")
-        draw(first, load(0, label_noise=0.0), args.figure, args.size, 40 if args.quick else 60)
+        draw(first, load(0, label_noise=0.0), args.figure, args.size, matvecs)
         bar.update()
 
     text = table(rows)
     print(text)
+    if args.quick:
+        print(f"\n{reporting.SMOKE}")
     report = {
         "arguments": {name: str(value) for name, value in vars(args).items() if name[0] != "_"},
         "rows": rows,

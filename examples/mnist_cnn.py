@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import reporting
 import training
 from flax.training.train_state import TrainState
 from reporting import number
@@ -121,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     columns = [training.Column("test accuracy, %", "test"), training.Column("training loss", "loss", 1.0)]
     report = training.summarize(curves, "sgd", columns)
-    words = training.verdict(report, "points of test accuracy", ".2f")
+    words = reporting.conclude(options, training.verdict(report, "points of test accuracy", ".2f"))
     heading = f"{options.epochs} epochs; mean ± standard deviation over {options.seeds} paired seeds"
     print(f"\n{heading}:\n{training.table(report, '.2f')}\n\n{words}")
     panels = [

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reporting import make_folder, number
+from reporting import SMOKE, add_quick, make_folder, number
 
 TOLERANCE = 1e-6
 SETTINGS = ("steps", "batch_size", "seed", "rho", "learning_rate", "num_shards")
@@ -42,15 +42,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--process-id", type=whole, help="which of them this is; without it, all are started here")
     add("--coordinator", help="HOST:PORT of process 0")
     add("--cluster", action="store_true", help="let JAX find out about processes and coordinator")
-    add("--steps", type=count, default=60, help="length of the training (default 60)")
-    add("--batch-size", type=count, default=64, help="examples per step, of all processes (default 64)")
+    add("--steps", type=count, help="length of the training (default 60, with --quick 14)")
+    add("--batch-size", type=count, help="examples per step, of all processes (default 64, with --quick 32)")
     add("--seed", type=whole, default=0, help="of params and batches (default 0)")
     add("--rho", type=number(float, 0), default=0.05, help="radius of SAM (default 0.05)")
     add("--learning-rate", type=positive, default=0.1, help="of SGD with momentum (default 0.1)")
     add("--num-shards", type=count, help="a perturbation for each of so many shards; without it one for all")
-    add("--save-every", type=count, default=10, help="steps between checkpoints (default 10)")
+    add("--save-every", type=count, help="steps between checkpoints (default 10, with --quick 3)")
     output = Path("results/multi_host")
     add("--output", type=Path, default=output, help=f"folder of checkpoints and result (default {output})")
+    add_quick(parser)
     add(
         "--fresh",
         action="store_true",
@@ -64,6 +65,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--die-at", type=whole, help="for trying it out: the last process dies before this step")
     add("--hang-at", type=whole, help="for trying it out: the last process hangs before this step")
     options = parser.parse_args(argv)
+    for name, (usual, quick) in {"steps": (60, 14), "batch_size": (64, 32), "save_every": (10, 3)}.items():
+        if getattr(options, name) is None:
+            setattr(options, name, quick if options.quick else usual)
     if options.process_id is not None and not options.coordinator:
         parser.error("--process-id needs --coordinator HOST:PORT")
     if options.check and (options.cluster or options.process_id is not None):
@@ -401,6 +405,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             results.append(json.loads((Path(directory) / "result.json").read_text()))
             difference = compare(options.output, Path(directory))
     print(table(results))
+    if options.quick:
+        print(SMOKE)
     if options.check:
         verdict = "equal" if difference <= TOLERANCE else "NOT EQUAL"
         print(f"largest difference between the params: {difference:.1e} ({verdict} to {TOLERANCE:g})")

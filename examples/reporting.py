@@ -6,19 +6,18 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
-import optax
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from scipy import stats
 
-import optax_sam
+if TYPE_CHECKING:  # Who only reads options need not wait for them.
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Radii and weight decays were chosen on the seeds 0 to 4; what is reported comes from others.
 FIRST_SEED = 100
+
+SMOKE = "smoke test, not a result"
 
 GREY, RED, BLUE = "#7f7f7f", "#c8102e", "#1f5fa8"
 
@@ -59,11 +58,17 @@ def common_options(parser: argparse.ArgumentParser, output: str, **counts: tuple
     parser.add_argument(
         "--output",
         type=Path,
-        help="folder for PNG and JSON, which replace those of an earlier run there "
-        f"(default: {output}, with --quick: {output}/quick)",
+        default=Path(output),
+        help="folder for PNG and JSON, which replace those of an earlier run there (default: %(default)s)",
     )
-    parser.add_argument("--quick", action="store_true", help="a short form to try out")
-    parser.set_defaults(_counts=counts, _output=Path(output))
+    add_quick(parser)
+    parser.set_defaults(_counts=counts)
+
+
+def add_quick(parser: argparse.ArgumentParser) -> None:
+    """The option of the short form, whose results never replace those of a full one."""
+    text = "a short form, to see that everything runs; it writes to the folder `quick` in that of --output"
+    parser.add_argument("--quick", action="store_true", help=text)
 
 
 def finish(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -72,14 +77,14 @@ def finish(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     for name, (usual, quick, *_) in options._counts.items():
         if getattr(options, name) is None:
             setattr(options, name, quick if options.quick else usual)
-    if options.output is None:  # A short form does not replace the results of a full one.
-        options.output = options._output / "quick" if options.quick else options._output
     make_folder(parser, options)
     return options
 
 
 def make_folder(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Makes the output folder before anything is trained."""
+    """Makes the output folder, that of a short form within it, before anything is trained."""
+    if options.quick:
+        options.output /= "quick"
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -120,6 +125,8 @@ def judge(gain: Mapping[str, Any]) -> str:
     By a paired t-test at 5 %: the mean difference must be so many standard errors away from 0 (two with many
     seeds, 4.3 with three, 12.7 with two). One seed is never clear, and no seeds that all say the same.
     """
+    from scipy import stats
+
     seeds = len(gain["values"])
     if seeds == 1 or abs(standard_errors(gain)) <= stats.t.ppf(0.975, seeds - 1):
         return "unclear"
@@ -146,6 +153,11 @@ def standard_errors(gain: Mapping[str, Any]) -> float:
     if gain["sd"] is None or gain["sd"] <= 1e-9 * abs(gain["mean"]):
         return 0.0
     return gain["mean"] / (gain["sd"] / math.sqrt(len(gain["values"])))
+
+
+def conclude(options: argparse.Namespace, words: str) -> str:
+    """What is said at the end of a run; of a short form, that it says nothing."""
+    return SMOKE if options.quick else words
 
 
 def compare(values: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
@@ -186,21 +198,26 @@ def align(lines: Sequence[Sequence[str]]) -> str:
 # Figures and files.
 
 
-def style(axes: Axes, **settings: Any) -> None:
+def style(axes: "Axes", **settings: Any) -> None:
     """The look of all figures."""
     axes.set(**settings)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
 
 
-def band(axes: Axes, x: Any, values: np.ndarray, colour: str, label: str, line: str = "-") -> None:
+def band(axes: "Axes", x: Any, values: np.ndarray, colour: str, label: str, line: str = "-") -> None:
     """A curve: the mean over the seeds, and the range as a band; the shape of values is (seeds, len(x))."""
     axes.plot(x, values.mean(axis=0), line, color=colour, label=label, linewidth=2, markersize=4)
     axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0)
 
 
-def save(options: argparse.Namespace, name: str, picture: Figure, content: Mapping[str, Any]) -> None:
+def save(options: argparse.Namespace, name: str, picture: "Figure", content: Mapping[str, Any]) -> None:
     """Writes the figure, and all numbers with what they were made from."""
+    import jax
+    import optax
+
+    import optax_sam
+
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k[0] != "_"}
     versions = {m.__name__: m.__version__ for m in (optax_sam, jax, optax)} | {
         "python": platform.python_version()

@@ -50,7 +50,7 @@ def train_and_report(
     print(headline(options))
     curves = run(arms, options)
     report = summarize(curves, arms[0].name)
-    report["meaning"] = meaning(report)
+    report["meaning"] = reporting.conclude(options, meaning(report))
     print(table(report), report["meaning"], sep="\n\n")
     reporting.save(options, name, figure(curves, options), {**report, "curves": lines_of(curves)})
     return report

@@ -52,7 +52,7 @@ def run_options(parser: argparse.ArgumentParser, output: str, forms: Forms) -> N
         add(f"--{name.replace('_', '-')}", type=number(int, 1), help=f"{what} ({defaults(name, forms)})")
     add("--first-seed", type=number(int, 0), default=100, help="default: %(default)s")
     add("--output", type=Path, default=Path(output), help="folder for all results (default: %(default)s)")
-    add("--quick", action="store_true", help="a very short form, to see that everything runs")
+    reporting.add_quick(parser)
 
 
 @contextlib.contextmanager
@@ -121,7 +121,7 @@ def compare(trainers: Sequence[Trainer], seeds: Sequence[int], epochs: int) -> C
     """
     histories: dict[str, list[list[dict[str, float]]]] = {trainer.name: [] for trainer in trainers}
     total = len(seeds) * epochs * sum(trainer.steps_per_epoch for trainer in trainers)
-    with tqdm(total=total, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=total, unit="step", dynamic_ncols=True, disable=None) as bar:
         for seed in seeds:
             starts = [trainer.start(seed) for trainer in trainers]
             states = [state for state, _ in starts]

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import reporting
 import training
 from flax import nnx
 from reporting import number
@@ -231,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         training.Column("training", "train", 1.0),
     ]
     report = training.summarize(curves, options.arms[0], columns, lower_is_better=True)
-    words = training.verdict(report, "bits per byte", ".3f")
+    words = reporting.conclude(options, training.verdict(report, "bits per byte", ".3f"))
     heading = f"{options.epochs} epochs; mean ± standard deviation over {options.seeds} seeds; less is better"
     print(f"\n{heading}:\n{training.table(report, '.3f')}\n\n{words}")
     for trainer in trainers:

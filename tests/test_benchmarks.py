@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peers
+import pod_collectives
 import pytest
+import quick
 import scaling
 import step_cost
 import tiers
@@ -33,7 +35,17 @@ def test_quick_form(program, tmp_path, capsys):
     assert f"jax {jax.__version__}" in printed
     assert "CPU cores" in printed
     assert printed.count("\n|") > 3
-    assert (tmp_path / f"{program.__name__}.png").stat().st_size > 1000
+    assert "\nsmoke test, not a result\n" in printed
+    assert (tmp_path / "quick" / f"{program.__name__}.png").stat().st_size > 1000
+
+
+@pytest.mark.full
+def test_quick_form_of_the_collectives():
+    done = quick.program("benchmarks/pod_collectives.py", "--quick")
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| 8 (4 x 2)")]
+    assert [row.split(" | ")[2].strip() for row in rows] == list(pod_collectives.METHODS)
+    assert done.stdout.endswith("\nsmoke test, not a result\n")
 
 
 @pytest.mark.full

@@ -16,13 +16,12 @@ import pytest
 import quick
 
 LIMIT = 240.0  # Seconds that a run may take on the slowest machine; then it is killed.
-SETTINGS = ["--steps", "14", "--save-every", "3", "--batch-size", "32"]
 
 
 def start(*arguments):
     """Runs the example as a user does; kills it and all that it has started when time is up."""
     process = subprocess.Popen(
-        [sys.executable, multi_host.__file__, *SETTINGS, *arguments],
+        [sys.executable, multi_host.__file__, "--quick", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -76,7 +75,8 @@ def test_the_continued_run_is_the_undisturbed_run_of_one_process(story):
     rows = [line.split() for line in output.splitlines() if line[:1].isdigit() and "%" in line]
     assert [row[:3] for row in rows] == [["2", "2", "14"], ["1", "1", "14"]]
     assert rows[0][3:] == rows[1][3:]
-    with np.load(Path(story["directory"]) / "params.npz") as params:
+    assert "\nsmoke test, not a result\n" in output
+    with np.load(Path(story["directory"]) / "quick" / "params.npz") as params:
         assert {params[name].dtype for name in params.files} == {np.dtype("float32")}
 
 
