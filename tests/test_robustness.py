@@ -66,6 +66,12 @@ def grow(tree: Any, seed: int, *, scaled: bool = True) -> Any:
     return jax.tree.map(leaf, tree)
 
 
+def selected(tree: Any, masks: bool) -> Any:
+    """Which leaves are perturbed, and the mask: one that happens to select none is refused, but for False."""
+    mask = jax.tree.map(lambda x: x.masked or not masks, tree)
+    return mask, mask if any(jax.tree.leaves(mask)) else False
+
+
 def exact(tree: Any) -> list[np.ndarray]:
     return [np.asarray(x).astype(np.longdouble) for x in jax.tree.leaves(tree)]
 
@@ -117,22 +123,22 @@ def test_perturbations(tree: Any, seed: int, name: str, rho: float, masks: bool)
     tiers.count("generated cases")
     gradient, params = grow(tree, seed), grow(tree, seed + 1, scaled=False)
     rule = RULES[name]
-    mask = jax.tree.map(lambda x: x.masked or not masks, tree)
+    mask, given = selected(tree, masks)
     if masks:
-        rule = ascent.masked(mask, rule)
+        rule = ascent.masked(given, rule)
     perturbation = rule(gradient, rho, params)
     if name not in ("unnormalized", "fisher"):  # Which grow with the gradient.
         chex.assert_tree_all_finite(perturbation)
     chex.assert_trees_all_equal_shapes(perturbation, gradient)
-    selected = jax.tree.leaves(mask)
-    for e, g, chosen in zip(*map(jax.tree.leaves, (perturbation, gradient)), selected, strict=True):
+    chosen = jax.tree.leaves(mask)
+    for e, g, is_chosen in zip(*map(jax.tree.leaves, (perturbation, gradient)), chosen, strict=True):
         assert e.dtype in (jnp.float32, jnp.float64)
         assert jnp.promote_types(e.dtype, g.dtype) == e.dtype
-        if not chosen or not np.any(g):
+        if not is_chosen or not np.any(g):
             assert not np.any(e)
         elif name != "centralized":
             assert np.all(np.asarray(e) * np.sign(np.asarray(g, np.float64)) >= 0)
-    seen = [g for g, chosen in zip(exact(gradient), selected, strict=True) if chosen]
+    seen = [g for g, is_chosen in zip(exact(gradient), chosen, strict=True) if is_chosen]
     if name == "normalized":
         expected = rho if exact_norm(seen) else 0.0
         np.testing.assert_allclose(float(exact_norm(exact(perturbation))), expected, rtol=1e-5, atol=1e-30)
@@ -151,8 +157,8 @@ def test_steps(tree: Any, seed: int, rho: float, masks: bool) -> None:
     params = grow(tree, seed, scaled=False)
     slope = grow(tree, seed + 1)
     curvature = jax.tree.map(jnp.abs, grow(tree, seed + 2))
-    mask = jax.tree.map(lambda x: x.masked or not masks, tree)
-    variant = optax_sam.sam(rho, ascent=ascent.masked(mask, ascent.normalized(eps=0.0)))
+    mask, given = selected(tree, masks)
+    variant = optax_sam.sam(rho, ascent=ascent.masked(given, ascent.normalized(eps=0.0)))
 
     def loss(params: Any) -> Any:
         terms = jax.tree.map(lambda w, a, b: jnp.sum(a * w + b * w**2 / 2), params, slope, curvature)
