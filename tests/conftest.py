@@ -74,7 +74,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _row(item: pytest.Item) -> Any:
     """The row of the table that the question is asked of, if it is not asked of every one."""
     call = getattr(item, "callspec", None)
-    return None if call is None or item.get_closest_marker("every_row") else call.params.get("row")
+    row = None if call is None or item.get_closest_marker("every_row") else call.params.get("row")
+    return row if hasattr(row, "capabilities") else None
 
 
 def _function(item: pytest.Item) -> str:

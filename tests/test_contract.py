@@ -19,6 +19,7 @@ from jax.flatten_util import ravel_pytree
 from table import ROWS, Row
 
 import optax_sam
+from optax_sam._loss import Loss, Pass, Peers
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 
@@ -146,6 +147,40 @@ def test_structure_shape_and_dtype(row: Row, dtype: Any) -> None:
     if not row.whole_optimizer:  # Whose base optimizer keeps the dtypes that it likes.
         memory = [x for x in jax.tree.leaves(new_state.memory) if jnp.issubdtype(x.dtype, jnp.floating)]
         assert all(x.dtype == jnp.float32 for x in memory)
+
+
+DISPLACED = [row for row in ROWS if row.clean_at_params and not row.product]
+
+
+@pytest.mark.parametrize("row", DISPLACED, ids=lambda row: row.name)
+def test_points_in_half_precision_are_rounded_once(row: Row) -> None:
+    """The first perturbed point of params in bfloat16 is that of the same params in float32, rounded: had the
+    perturbation been rounded before it was added, some of its 4,096 entries would differ."""
+    variant = row.make(**{row.radius: 5.0})
+    params, gradient = (jax.random.normal(jax.random.key(i), (4096,), jnp.bfloat16) for i in range(2))
+
+    def first_displaced(dtype: Any) -> Any:
+        start = params.astype(dtype)
+        points: list[Any] = []
+
+        def pass_at(w: Any, _: Any) -> Pass:
+            points.append(w)
+            return Pass(jnp.zeros(()), gradient.astype(dtype))  # Exact in both.
+
+        state = variant.init(start)
+        for _ in range(2):  # Some climb along what they remember.
+            gradients = variant.evaluate(Loss(start, pass_at, pass_at, Peers()), state).gradients
+            _, state = variant.update(gradients, state, start)
+        return next((point for point in points if np.any(point != start)), start)
+
+    rounded, exact = first_displaced(jnp.bfloat16), first_displaced(jnp.float32)
+    assert rounded.dtype == jnp.bfloat16
+    expected = np.asarray(exact).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(rounded), expected)
+    if row is table.first():
+        start = np.asarray(params, np.float32)
+        twice = start + (np.asarray(exact) - start).astype(jnp.bfloat16).astype(np.float32)
+        assert np.sum(twice.astype(jnp.bfloat16) != expected) > 20
 
 
 @every_row

@@ -12,7 +12,6 @@ import numpy as np
 import optax
 import pytest
 import quick
-import table
 import tiers
 import train_digits
 
@@ -78,10 +77,6 @@ def test_comparison_leaves_out_what_needs_momentum(tmp_path, capsys, monkeypatch
     report = compare_variants.main([*options, "--output", str(tmp_path)])
     assert list(report["arms"]) == ["sgd", "sam, rho 0.7", "momentum, tuned L2 0.02"]
     assert "Left out: msam, which needs a base optimizer with momentum.\n" in capsys.readouterr().out
-
-
-def test_every_variant_of_the_package_has_a_recipe():
-    assert {row.constructor.__name__ for row in table.ROWS} | {"ire"} <= set(digits_recipes.RECIPES)
 
 
 @pytest.mark.parametrize("name", tiers.later(digits_recipes.RECIPES, ["sam", "looksam", "hessian_sam"]))

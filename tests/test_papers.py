@@ -65,10 +65,6 @@ def noise(row):
     return np.array(draws)
 
 
-def test_every_row_has_an_oracle_and_every_oracle_a_row():
-    assert set(oracles.ORACLES) == {row.name for row in table.ROWS}
-
-
 @pytest.mark.every_row
 @pytest.mark.parametrize("row", table.ROWS, ids=lambda row: row.name)
 def test_the_trajectory_is_the_papers(row):

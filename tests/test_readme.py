@@ -10,7 +10,6 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 import pytest
-import table
 
 import optax_sam
 
@@ -45,23 +44,6 @@ def test_code_runs_and_prints_what_stands_there() -> None:
         expected = following[1] if following[0] == "text" else ""
         assert printed.getvalue() == expected, f"block {i} prints\n{printed.getvalue()}"
     assert executed >= 14
-
-
-def test_table_of_variants_is_complete() -> None:
-    """The API, the README's table and the table of the tests name the same variants."""
-    in_readme = {name.strip("`") for name in cells(section("The variants").split("ascent rule")[0], 0)}
-    public = {
-        name
-        for name, value in vars(optax_sam).items()
-        if inspect.isfunction(value)
-        and inspect.signature(value).return_annotation is not inspect.Signature.empty
-        and any(
-            words in str(inspect.signature(value).return_annotation)
-            for words in ("SharpnessAwareTransformation", "GradientTransformationExtraArgs")
-        )
-    } - {"sharpness_aware"}
-    tested = {row.constructor.__name__ for row in table.ROWS} | {"ire", "shifted_msam"}
-    assert in_readme == public == tested
 
 
 def test_table_of_ascent_rules_is_complete() -> None:
