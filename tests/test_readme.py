@@ -101,9 +101,25 @@ def test_keras_table_names_every_parameter() -> None:
     assert {cell.strip("`") for cell in cells(KERAS, 0)} == set(wanted.split())
 
 
-def test_pictures_exist() -> None:
-    for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
-        assert (ROOT / target).is_file()
+def anchors(page: pathlib.Path) -> set[str]:
+    """Those of the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "page",
+    sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("*/*.md")) if path.parent.name[0] != "."),
+    ids=lambda page: page.name,
+)
+def test_links_and_pictures_are_there(page: pathlib.Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if re.match(r"\w+:", target):  # Elsewhere in the world.
+            continue
+        path, _, anchor = target.partition("#")
+        there = page.parent / path if path else page
+        assert there.exists(), f"{page.name} leads to {target}"
+        assert not anchor or anchor in anchors(there), f"{page.name} leads to {target}"
 
 
 def test_public_docstrings() -> None:
