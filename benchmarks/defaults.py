@@ -495,7 +495,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         print("smoke test, not a result")
         options.seeds, options.epochs = 1, 1
     # A smoke test does not replace results.
-    path = options.output / ("defaults_quick.json" if options.quick else "defaults.json")
+    path = options.output / "defaults.json"
     if options.tables:
         if not path.exists():
             parser.error(f"argument --tables: no results at {str(path)!r}")

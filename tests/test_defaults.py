@@ -80,7 +80,7 @@ def test_quick_form(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "smoke test, not a result" in printed
     assert printed.count("\n|") > 3
-    assert (tmp_path / "defaults_quick.json").exists()
+    assert (tmp_path / "quick" / "defaults.json").exists()
     assert not (tmp_path / "defaults.json").exists()
     assert report == defaults.main([*options, "--tables"])
     with pytest.raises(SystemExit):
