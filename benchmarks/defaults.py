@@ -494,7 +494,6 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if options.quick:
         print("smoke test, not a result")
         options.seeds, options.epochs = 1, 1
-    # A smoke test does not replace results.
     path = options.output / "defaults.json"
     if options.tables:
         if not path.exists():
