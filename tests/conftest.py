@@ -1,9 +1,11 @@
 """Two tiers, eight devices, quick compilation, one seed for all generated cases, and what was counted."""
 
 import collections
+import gc
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,6 +112,25 @@ def in_float64() -> Iterator[None]:
 
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _bounded_memory() -> Iterator[None]:
+    """What was compiled for a file is of little use to the next: it goes before it takes gigabytes."""
+    yield
+    if _resident_bytes() > 1.5e9:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
+
+
+def _resident_bytes() -> int:
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    except OSError:  # Not on every system.
+        return 0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture(autouse=True)

@@ -40,11 +40,13 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, **more}
 
 
-def program(path: str, *options: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def program(
+    path: str, *options: str, timeout: float = 120, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Runs a program of the repository as a user starts it, with warnings as errors."""
     return subprocess.run(
         [sys.executable, "-W", "error", str(ROOT / path), *options],
-        env=environment(),
+        env=environment(**variables),
         capture_output=True,
         encoding="utf-8",
         timeout=timeout,
