@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import table
+import tiers
 from jax.sharding import PartitionSpec as P
 
 import optax_sam
@@ -227,8 +228,8 @@ def test_wrong_arguments(how, error, words):
         )
 
 
-@pytest.mark.parametrize("how", [{}, {"shard_mode": "loop"}, {"shard_mode": 2}])
-def test_what_aux_holds_besides_arrays_is_of_the_examples_that_were_seen(how):
+@pytest.mark.parametrize("mode", tiers.later(["vmap", "loop", 2], [2]))
+def test_what_aux_holds_besides_arrays_is_of_the_examples_that_were_seen(mode):
     """A number of Python, and a list as long as the batch, though the loss is traced with two batches."""
     params, batch, state = setting()
 
@@ -236,7 +237,7 @@ def test_what_aux_holds_besides_arrays_is_of_the_examples_that_were_seen(how):
         return table.loss(params, batch), {"count": len(batch), "means": [jnp.mean(x) for x in batch]}
 
     fun = optax_sam.sam_value_and_grad(
-        counted, SAM, has_aux=True, batch_argnums=1, num_shards=4, ascent_examples=2, **how
+        counted, SAM, has_aux=True, batch_argnums=1, num_shards=4, ascent_examples=2, shard_mode=mode
     )
     (_, eager), _ = fun(params, batch, state=state)
     (_, compiled), _ = jax.jit(fun)(params, batch, state=state)

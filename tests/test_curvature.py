@@ -64,7 +64,13 @@ def diagonal_loss(values: np.ndarray) -> Any:
     return loss
 
 
-@pytest.mark.parametrize(("loss", "dense"), [(loss_fn, dense_hessian), (GAUSS_NEWTON, dense_gauss_newton)])
+@pytest.mark.parametrize(
+    ("loss", "dense"),
+    [
+        (loss_fn, dense_hessian),
+        pytest.param(GAUSS_NEWTON, dense_gauss_newton, marks=pytest.mark.full),
+    ],
+)
 class TestAgainstTheDenseMatrix:
     def test_product(self, loss: Any, dense: Any) -> None:
         v = _RNG.normal(size=len(FLAT))
@@ -296,7 +302,8 @@ def test_an_outlier_does_not_end_the_search_in_float64(outlier: float) -> None:
         np.testing.assert_allclose(pairs.values, np.sort(spectrum)[::-1][:3], rtol=1e-9)
 
 
-@pytest.mark.parametrize("seed", tiers.later(range(3), [0]))
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(3))
 def test_a_space_that_closes_in_float64_ends_the_search(seed: int) -> None:
     """Matrices of rank 4, and of three eigenvalues: the results stay within their spectra."""
     random = np.random.default_rng(seed)

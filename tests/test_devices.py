@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import table
+import tiers
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -20,7 +21,8 @@ from optax_sam._loss import Loss, Pass, Peers
 DEVICES = 8
 STEPS = 3
 every_row = pytest.mark.parametrize("row", table.ROWS, ids=lambda row: row.name)
-every_variant = pytest.mark.parametrize("row", table.VARIANTS, ids=lambda row: row.name)
+# One whose every step is the same, and one whose steps are not; both without a perturbation of noise.
+ONE_OR_TWO = (table.first(), table.first(skips=True))
 
 
 pytestmark = pytest.mark.usefixtures("in_float64")
@@ -153,7 +155,7 @@ def test_pmap(row):
 
 
 @every_row
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", tiers.later([True, False], [True]))
 def test_shard_map(row, check_vma):
     step, tx = make_step(row)
     params = make_params()
@@ -169,8 +171,14 @@ def test_shard_map(row, check_vma):
     assert_on_every_device(result)
 
 
-@every_variant
-@pytest.mark.parametrize("form", ["auto", "explicit", "fsdp"])
+FORMS = [
+    pytest.param(row, form, marks=() if form == "auto" or row in ONE_OR_TWO else pytest.mark.full)
+    for row in table.VARIANTS
+    for form in ("auto", "explicit", "fsdp")
+]
+
+
+@pytest.mark.parametrize(("row", "form"), FORMS, ids=lambda x: getattr(x, "name", x))
 def test_jit(row, form):
     step, tx = make_step(row)
     mesh = make_mesh(AxisType.Explicit if form == "explicit" else AxisType.Auto)

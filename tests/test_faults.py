@@ -20,6 +20,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import table
+import tiers
 from table import ROWS, Row
 
 import optax_sam
@@ -397,12 +398,15 @@ def quartic(w: Any, batch: Any) -> Any:
     return jnp.mean(batch) * jnp.sum(w**4)
 
 
-@all_rows(*table.VARIANTS)
+@pytest.mark.every_row
+@pytest.mark.parametrize(
+    "row", tiers.later(table.VARIANTS, [table.first(), table.first(skips=True)]), ids=lambda row: row.name
+)
 def test_nothing_is_compiled_after_the_first_calls(row: Row) -> None:
     """Operation by operation, whatever the loss and the parts of the batch."""
     variant, tx = row.optimizer()
     state, period = tx.init(VECTOR), max(2, len(row.evaluations))
-    how = IN_PARTS if row.constructor is optax_sam.sam else {"": IN_PARTS["rounds of microbatches"]}
+    how = IN_PARTS if row is table.first() else {"": IN_PARTS["rounds of microbatches"]}
     for options in ({}, *how.values()):
         value_and_grad = optax_sam.sam_value_and_grad(
             quartic, variant, batch_argnums=1, return_metrics=True, **options
@@ -425,7 +429,7 @@ def test_nothing_is_compiled_by_ire_after_the_first_calls() -> None:
     assert COMPILED == []
 
 
-@pytest.mark.parametrize("how", IN_PARTS)
+@pytest.mark.parametrize("how", tiers.later(IN_PARTS, ["rounds of microbatches"]))
 def test_loops_outside_of_jit_leave_the_functions_of_a_user_compiled(how: str) -> None:
     """And where a user switched `jit` off, it stays off."""
     traced = []

@@ -14,6 +14,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import table
+import tiers
 from flax import nnx
 
 import optax_sam
@@ -229,7 +230,7 @@ def length(gradient: Any) -> jax.Array:
     return jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient)))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", tiers.later(MODELS, ("block", "no_pytree", "a_part", "several", "array")))
 def test_models(name: str) -> None:
     """Value, clean gradient, aux and all that the loss changed, bit for bit; the perturbed gradient."""
     make, fun, argnums, has_aux = MODELS[name]
