@@ -312,3 +312,16 @@ def train(step: Any, tx: Any, steps: int) -> Any:
     for i in range(steps):
         current, state, value = step(current, state, batch(seed=i))
     return current, state, value
+
+
+def words_of_a_pair(words: str) -> str:
+    """What an error of JAX says about a pair where a tree like params was wanted.
+
+    JAX prints the type, which holds the advice. JAX 0.8 prints the pair itself, or just "named tuple".
+    """
+    try:
+        jax.tree.map(lambda x, y: x, {"a": 1}, optax_sam.SAMGradients(1, 2))
+    except ValueError as error:
+        if "two gradients" in str(error):
+            return words
+    return r"SAMGradients|named tuple"

@@ -72,7 +72,10 @@ def test_wrappers_that_want_one_tree_name_the_door(name: str) -> None:
     tx = ONE_TREE[name]
     state = tx.init(PARAMS)
     _, grads = optax_sam.sam_value_and_grad(table.loss, SAM)(PARAMS, EXAMPLES, state=state)
-    with pytest.raises((TypeError, ValueError), match=r"after the variant, or pass it `grads.perturbed` and"):
+    with pytest.raises(
+        (TypeError, ValueError),
+        match=table.words_of_a_pair(r"after the variant, or pass it `grads.perturbed` and"),
+    ):
         by_pair(tx, grads, state, PARAMS)
     by_clean_updates(tx, grads, state, PARAMS)
 
@@ -83,7 +86,8 @@ def test_multi_steps_is_named(params: Any) -> None:
     tx = optax.MultiSteps(CHAIN, 2)
     grads = optax_sam.SAMGradients(params, params)
     with pytest.raises(
-        (TypeError, ValueError), match=r"after the variant|MultiSteps` goes around what follows"
+        (TypeError, ValueError),
+        match=table.words_of_a_pair(r"after the variant|MultiSteps` goes around what follows"),
     ):
         tx.update(grads, tx.init(params), params)
 
@@ -672,9 +676,15 @@ def test_the_norm_of_a_pair_counts_both() -> None:
     np.testing.assert_allclose(optax.tree.norm(grads, squared=True), sum(both), rtol=1e-5)
     for text in (optax_sam.SAMGradients.__doc__, optax_sam.SAMMetrics.__doc__):
         assert "optax.tree.norm(grads)" in text
-    with pytest.raises((TypeError, ValueError), match=r"pass it `grads\.perturbed` and `clean_updates="):
+    with pytest.raises(
+        (TypeError, ValueError),
+        match=table.words_of_a_pair(r"pass it `grads\.perturbed` and `clean_updates="),
+    ):
         optax.apply_updates(PARAMS, grads)
-    with pytest.raises((TypeError, ValueError), match=r"pass it `grads\.perturbed` and `clean_updates="):
+    with pytest.raises(
+        (TypeError, ValueError),
+        match=table.words_of_a_pair(r"pass it `grads\.perturbed` and `clean_updates="),
+    ):
         optax.adam(0.1).update(grads, optax.adam(0.1).init(PARAMS), PARAMS)
 
 
