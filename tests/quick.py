@@ -17,6 +17,8 @@ _OPTIONS = (
     "--xla_cpu_parallel_codegen_split_count=1",
 )
 
+QUICK: dict[str, bool] = {}  # What `jax.jit` takes in addition: nothing, since `conftest.py` sets the flags.
+
 
 def _accepted(*options: str) -> bool:
     """Whether this XLA knows the options: it ends a process that has others."""

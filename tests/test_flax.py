@@ -15,6 +15,7 @@ import table
 import tiers
 from flax.training import train_state
 from flax.training.dynamic_scale import DynamicScale
+from quick import QUICK
 
 import optax_sam
 
@@ -116,7 +117,7 @@ def test_dynamic_scale(row: table.Row) -> None:
     def loss(params: Any, x: Any) -> Any:
         return table.loss(jax.tree.map(lambda w: w.astype(jnp.float16), params), x.astype(jnp.float16))
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def step(params: Any, state: Any, scale: Any, x: Any) -> Any:
         grad_fn = optax_sam.linen.dynamic_scale_value_and_grad(scale, loss, variant)
         scale, finite, value, grads = grad_fn(params, x, state=state)
@@ -144,7 +145,7 @@ def test_dynamic_scale(row: table.Row) -> None:
     assert int(optax.tree.get(state, "SAMState").step) == 40 - skipped
     assert any(b == 2 * a for a, b in itertools.pairwise(scales))  # Flax's rule: up again.
     if finite:  # The gradients are those of the same scale given by hand.
-        value_and_grad = jax.jit(optax_sam.sam_value_and_grad(loss, variant))
+        value_and_grad = jax.jit(optax_sam.sam_value_and_grad(loss, variant), compiler_options=QUICK)
         _, by_hand = value_and_grad(before[0], table.batch(seed=39), state=before[1], loss_scale=used.scale)
         chex.assert_trees_all_close(grads, by_hand, rtol=1e-3, atol=1e-3)
 
