@@ -1,6 +1,7 @@
 """Sharpness-aware minimization for JAX and Optax."""
 
 from optax_sam import ascent as ascent
+from optax_sam import gates as gates
 from optax_sam import landscape as landscape
 from optax_sam import linen as linen
 from optax_sam import nnx as nnx
@@ -18,6 +19,8 @@ from optax_sam._value_and_grad import sam_value_and_grad as sam_value_and_grad
 from optax_sam._variant import SharpnessAwareTransformation as SharpnessAwareTransformation
 from optax_sam._variant import constructor as constructor
 from optax_sam._variant import sharpness_aware as sharpness_aware
+from optax_sam.gates import gated as gated
+from optax_sam.variants.ae_sam import ae_sam as ae_sam
 from optax_sam.variants.asam import asam as asam
 from optax_sam.variants.async_sam import async_sam as async_sam
 from optax_sam.variants.bsam import bsam as bsam
@@ -38,6 +41,7 @@ from optax_sam.variants.same import custom_same as custom_same
 from optax_sam.variants.same import same as same
 from optax_sam.variants.same import saner as saner
 from optax_sam.variants.vasso import vasso as vasso
+from optax_sam.variants.weight_noise import weight_noise as weight_noise
 from optax_sam.variants.wsam import decoupled_wsam as decoupled_wsam
 from optax_sam.variants.wsam import wsam as wsam
 

@@ -49,14 +49,19 @@ def number(
         raise ValueError(msg)
 
 
-def static_integer(name: str, value: Any, *, low: int) -> None:
-    """Refuses what is no Python integer, of a number that decides the shape of the program."""
+def static(name: str, value: Any) -> None:
+    """Refuses an array, in place of a number that decides the shape of the program."""
     if isinstance(value, jax.Array):
         msg = (
-            f"`{name}` decides what is evaluated and must be a Python integer, got an array. Under "
+            f"`{name}` decides what is evaluated and must be a Python number, got an array. Under "
             f'`optax.inject_hyperparams` name it in the static arguments, `static_args=("{name}",)`.'
         )
         raise TypeError(msg)
+
+
+def static_integer(name: str, value: Any, *, low: float = -np.inf) -> None:
+    """Refuses what is no Python integer, of a number that decides the shape of the program."""
+    static(name, value)
     number(name, value, low=low, integer=True)
 
 

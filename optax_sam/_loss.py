@@ -238,6 +238,7 @@ class Loss:
       peers: Who evaluates the same step on other examples.
       measures: Whether displacements are wanted, each of which costs a norm.
       given: The clean pass, where it is known already.
+      climbs_apart: Whether `ascent` takes another gradient than `at`: a cheaper one, or of another loss.
     """
 
     params: optax.Params
@@ -246,6 +247,7 @@ class Loss:
     peers: Peers
     measures: bool = False
     given: Pass | None = None
+    climbs_apart: bool = False
 
     @property
     def _shares_ascent(self) -> bool:
@@ -344,14 +346,33 @@ class Loss:
                 f"{np.shape(when)} and dtype {jnp.result_type(when)}."
             )
             raise TypeError(msg)
-        if when is None or second is None:
-            evaluation = self._combine(first, second() if callable(second) else second, statistics)
-            return evaluation._replace(aux=first.aux)
 
         def paid() -> Evaluation:
             return self._combine(first, second() if callable(second) else second, statistics)
 
-        evaluation = _tree.cond_or_if(when, paid, lambda: self._combine(first, None, statistics))
+        if when is None or second is None:
+            return paid()._replace(aux=first.aux)
+        return self.pay_if(when, first, paid, statistics=statistics)
+
+    def pay_if(
+        self, when: jax.Array, first: Pass, paid: Callable[[], Evaluation], *, statistics: Any = None
+    ) -> Evaluation:
+        """What `paid` evaluates where `when` is true; elsewhere the first pass alone, as the pair.
+
+        Args:
+          when: A boolean scalar, alike on all peers.
+          first: The clean pass, with which `paid` begins too.
+          paid: `() -> evaluation`, with statistics like those given here.
+          statistics: As in `pair`.
+
+        Returns:
+          What an evaluation rule returns.
+        """
+
+        def stripped() -> Evaluation:
+            return paid()._replace(aux=None)  # That of the first pass, which stays outside.
+
+        evaluation = _tree.cond_or_if(when, stripped, lambda: self._combine(first, None, statistics))
         if self._is_averaged(first):
             # Keep the clean half out of the conditional, which would copy it.
             gradients = evaluation.gradients._replace(clean=first.gradient, statistics=statistics)

@@ -183,6 +183,7 @@ def sam_value_and_grad(
                 lambda point, cotangent: ascent(point, examples, cotangent),
                 peers,
                 measures=return_metrics or current.compares,
+                climbs_apart=any(option is not None for option in cheaper.values()),
             )
             return checked_evaluation(current.evaluate(loss, sam_state))
 

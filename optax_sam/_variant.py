@@ -42,7 +42,9 @@ class SharpnessAwareTransformation(optax.GradientTransformationExtraArgs):
       ascent_only: Whether the clean gradient serves the ascent alone, so that a cheaper one will do.
       compares: Whether the direction is made of both gradients.
       is_optimizer: Whether it is a whole optimizer: what it returns are updates, and no optimizer follows it.
+      rho: The radius that it was made with, a number or a schedule.
       rho_name: What the variant calls its radius.
+      begins_at_params: Whether its first pass is the gradient at params.
       made_by: The name and the arguments of its constructor, as its pairs of gradients carry them.
       remake: Makes it anew with some of the constructor's arguments replaced, or None.
     """
@@ -51,7 +53,9 @@ class SharpnessAwareTransformation(optax.GradientTransformationExtraArgs):
     ascent_only: bool
     compares: bool
     is_optimizer: bool
+    rho: optax.ScalarOrSchedule
     rho_name: str
+    begins_at_params: bool
     made_by: MadeBy
     remake: Callable[..., "SharpnessAwareTransformation"] | None
 
@@ -424,6 +428,7 @@ def sharpness_aware(
     compares: bool | None = None,
     guards_memory: bool = False,
     is_optimizer: bool = False,
+    begins_at_params: bool = True,
     rho_name: str = "rho",
 ) -> SharpnessAwareTransformation:
     r"""Builds a sharpness-aware variant from a few small functions.
@@ -458,6 +463,8 @@ def sharpness_aware(
       guards_memory: Whether `descent` itself keeps the memory finite.
       is_optimizer: Whether `descent` returns updates, learning rate and sign included: a whole optimizer,
         after which `sam_value_and_grad` refuses another.
+      begins_at_params: Whether the first pass is `loss.ascent()`, the gradient at params. Without one there
+        is no plain step, and `gated` refuses the variant.
       rho_name: What the constructor calls the radius, for messages and for `optax.inject_hyperparams`.
 
     Returns:
@@ -491,7 +498,6 @@ def sharpness_aware(
         ascent_only = descent is None and evaluate is None and when is None
     if compares is None:
         compares = descent is not None and not ascent_only
-    takes_extra_args = _takes_extra_args(descent)
 
     def init(params: optax.Params) -> SAMState:
         params = as_arrays(params)
@@ -524,7 +530,8 @@ def sharpness_aware(
         if descent is None:
             direction, memory = gradients.perturbed, state.memory
         else:
-            result = descent(gradients, state, params, **(extra_args if takes_extra_args else {}))
+            extra_args = extra_args if _takes_extra_args(descent) else {}
+            result = descent(gradients, state, params, **extra_args)
             direction, memory = _checked_descent(result, state.memory, like)
         if jax.tree.leaves(memory) and not guards_memory:
             memory = _tree.keep_finite(memory, state.memory)
@@ -539,7 +546,9 @@ def sharpness_aware(
         ascent_only=ascent_only,
         compares=compares,
         is_optimizer=is_optimizer,
+        rho=rho,
         rho_name=rho_name,
+        begins_at_params=begins_at_params,
         made_by=MadeBy("sharpness_aware"),
         remake=None,
     )

@@ -106,6 +106,19 @@ def _other_axes(x: jax.Array, output_axis: int) -> tuple[int, ...]:
     return tuple(a for a in range(x.ndim) if a != output_axis % x.ndim)
 
 
+def size_of(w: jax.Array, granularity: str, output_axis: int) -> jax.Array:
+    """The size of weights: of each entry, of the leaf, or of each filter. A vector has one entry a filter."""
+    if granularity == "elementwise":
+        return jnp.abs(w)
+    if granularity == "leaf":
+        return _tree.norm(w)
+    # In units of the largest weight, whose square may leave the range of floats.
+    axes = _other_axes(w, output_axis)
+    largest = jnp.max(jnp.abs(w), axis=axes, keepdims=True, initial=0.0)
+    unit = jnp.where(largest > 0.0, largest, jnp.ones_like(largest))
+    return unit * _tree.root(jnp.sum(jnp.square(w / unit), axis=axes, keepdims=True))
+
+
 def _length(rule: Ascent) -> Callable[[optax.Updates, optax.Params], jax.Array] | None:
     return getattr(rule, "length", None)
 
@@ -273,20 +286,9 @@ def adaptive(
     _checks.mask("mask", mask)
     inner = normalized(ord, eps)
 
-    def size(w: jax.Array) -> jax.Array:
-        if granularity == "elementwise":
-            return jnp.abs(w)
-        if granularity == "leaf":
-            return _tree.norm(w)
-        # A vector has one entry a filter, a scalar is a filter of its own. In units of the largest weight.
-        axes = _other_axes(w, output_axis)
-        largest = jnp.max(jnp.abs(w), axis=axes, keepdims=True, initial=0.0)
-        unit = jnp.where(largest > 0.0, largest, jnp.ones_like(largest))
-        return unit * _tree.root(jnp.sum(jnp.square(w / unit), axis=axes, keepdims=True))
-
     def scales(params: optax.Params) -> optax.Params:
         def scale(w: jax.Array, adapts: Any) -> jax.Array:
-            return jnp.where(adapts, size(w) + eta, jnp.ones_like(w))
+            return jnp.where(adapts, size_of(w, granularity, output_axis) + eta, jnp.ones_like(w))
 
         return jax.tree.map(scale, _tree.upcast(params), _broadcast(mask, params))
 

@@ -12,6 +12,7 @@ FLOORS = (
     "ascent schedules _loss",
     "_state",
     "_variant",
+    "gates",
     "variants",
     "_gradient _shards",
     "_value_and_grad",

@@ -157,7 +157,14 @@ def bsam(
         return updates, BSAMMemory(momentum, new_precision)
 
     return sharpness_aware(
-        rho, None, descent, init_memory, evaluate=evaluate, compares=False, is_optimizer=True
+        rho,
+        None,
+        descent,
+        init_memory,
+        evaluate=evaluate,
+        compares=False,
+        is_optimizer=True,
+        begins_at_params=False,
     )
 
 
