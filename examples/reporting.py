@@ -223,6 +223,6 @@ def save(options: argparse.Namespace, name: str, picture: "Figure", content: Map
         "python": platform.python_version()
     }
     everything = {"options": settings, "versions": versions, **content}
-    picture.savefig(options.output / f"{name}.png", dpi=96)
+    picture.savefig(options.output / f"{name}.png", dpi=200)
     (options.output / f"{name}.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
     print(f"\nWritten: {options.output / name}.png and {name}.json")
