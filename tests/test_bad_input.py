@@ -182,6 +182,9 @@ CONSTRUCTORS: list[tuple[Any, type[Exception], str]] = [
         ValueError,
         r"`rho_max` must be a number in the range \[0.6, inf\), got 0.5",
     ),
+    (lambda: optax_sam.schedules.warmup(-0.1, 10), ValueError, r"`rho` must be a number in the range \[0.0"),
+    (lambda: optax_sam.schedules.warmup(0.1, 0), ValueError, r"`steps` must be an integer in the range \[1"),
+    (lambda: optax_sam.schedules.warmup(0.1, 2.5), ValueError, r"`steps` must be an integer"),  # pyright: ignore
 ]
 
 
