@@ -131,11 +131,9 @@ def half_width(values: np.ndarray, axis: int = 0) -> np.ndarray:
 
 
 def interval(gain: Mapping[str, Any], form: str = ".1f") -> str:
-    """A paired difference with its 95 % interval, as text."""
-    mean, half = gain["mean"], float(half_width(np.array(gain["values"])))
-    if math.isnan(half):
-        return f"{mean:+{form}}"
-    return f"{mean:+{form}} ({mean - half:+{form}} to {mean + half:+{form}})"
+    """A mean, as text, and after the sign ± half the width of its 95 % interval."""
+    half = float(half_width(np.array(gain["values"])))
+    return f"{gain['mean']:+{form}}" + ("" if math.isnan(half) else f" ± {half:{form}}")
 
 
 def judge(gain: Mapping[str, Any]) -> str:
