@@ -45,13 +45,8 @@ inventories = {
     "flax": "https://flax.readthedocs.io/en/latest/",
 }
 intersphinx_mapping = {name: (url, f"inventories/{name}.inv") for name, url in inventories.items()}
-nitpick_ignore_regex = [
-    # Names of the standard library, type variables and private aliases, which are shown and lead nowhere.
-    ("py:.*", r"\w+"),
-    # These are not in the inventories.
-    ("py:.*", r"optax\.(ScalarOrSchedule|Schedule)|numpy\.typing\.ArrayLike"),
-]
-suppress_warnings = ["toc.empty_glob"]  # The last pattern of the guides takes what is named nowhere.
+# Names of the standard library, type variables and private aliases are shown and lead nowhere.
+nitpick_ignore_regex = [("py:.*", r"\w+")]
 
 html_theme = "sphinx_book_theme"
 html_title = f"optax_sam {release}"
@@ -59,6 +54,11 @@ html_math_renderer = "mathml"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
-html_theme_options = {"show_toc_level": 2, "use_download_button": False, "use_fullscreen_button": False}
+html_theme_options = {
+    "show_toc_level": 2,
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+    "navbar_persistent": [],
+}
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True

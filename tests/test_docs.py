@@ -58,6 +58,22 @@ def test_code_runs_and_prints_what_stands_there(page: pathlib.Path) -> None:
         assert printed.getvalue() == expected, f"block {i} prints\n{printed.getvalue()}"
 
 
+GALLERY = sorted((DOCS / "gallery").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", GALLERY, ids=lambda page: page.stem)
+def test_the_gallery_is_short_and_shows_what_came_out(page: pathlib.Path) -> None:
+    """Code under 80 lines that imports nothing of examples/, and tables as they stand in RESULTS.md."""
+    text, results = page.read_text(encoding="utf-8"), (ROOT / "examples" / "RESULTS.md").read_text("utf-8")
+    code = "".join(code for language, code in blocks_of(page) if language == "python")
+    assert len(code.splitlines()) < 80
+    own = {path.stem for path in (ROOT / "examples").glob("*.py")} - {"landscape"}
+    assert not set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE)) & own
+    for line in text.partition("## As it came out")[2].splitlines():
+        if "±" in line:
+            assert line in results, f"{page.name}: examples/RESULTS.md has no line {line!r}"
+
+
 def names_of(page: str) -> dict[str, Any]:
     """What the code of a page defines."""
     namespace: dict[str, Any] = {"__name__": page}

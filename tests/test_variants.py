@@ -88,7 +88,8 @@ def test_every_oracle_has_a_row() -> None:
 @pytest.mark.parametrize("name", DEFINED)
 def test_every_constructor_is_in_the_documents(name: str) -> None:
     assert name in listed("docs/choosing.md", "All variants"), (
-        f"add a line to the table of docs/choosing.md, section 'All variants': | `{name}` | paper | direction | ..."
+        "add a line to the table of docs/choosing.md, section 'All variants': "
+        f"| `{name}` | paper | direction | ..."
     )
     wanted = section_of("docs/choosing.md", "By what you need")
     assert f"`{name}`" in wanted, (

@@ -1,7 +1,7 @@
 """The pages of the API, written from the code: every variant and every public module has one.
 
-`python docs/_ext/api_pages.py` writes them to docs/api, as Sphinx does before it reads. Nothing is imported here but
-the standard library: `tests/test_api_pages.py` asks without Sphinx whether every public name has its place.
+`python docs/_ext/api_pages.py` writes them to docs/api, as Sphinx does before it reads. This file needs the
+standard library alone, so that `tests/test_api_pages.py` can ask whether every public name has its place.
 """
 
 import ast
@@ -18,6 +18,8 @@ CUSTOM = "Custom variants"
 # Where the names go that `optax_sam` takes from its private files, in this order; others go to the last.
 SECTIONS = {"_value_and_grad": STEP, "_state": STEP, "_variant": CUSTOM, "_loss": CUSTOM}
 IN_STEP = ("SAMGradients",)  # Of `_loss`, but what every user meets.
+# Names that no documentation has a page for: shown in short.
+UNLINKED = ("optax.ScalarOrSchedule", "optax.Schedule", "numpy.typing.ArrayLike")
 CONSTRUCTED = ("SharpnessAwareTransformation", "optax.GradientTransformationExtraArgs")
 
 
@@ -95,7 +97,7 @@ def places() -> dict[str, list[Name]]:
     pages: dict[str, list[Name]] = {STEP: [], CUSTOM: []}
     top = names_of("optax_sam")
     variants = {name.path.split(".")[-1]: name for name in top if is_constructor(name)}
-    pages |= {f"variants/{variant}": [name] for variant, name in variants.items()}
+    pages |= {f"variants/{variant}": [variants[variant]] for variant in sorted(variants)}
     pages |= {module: names_of(f"optax_sam.{module}") for module in modules()}
     for name in top:
         stem = name.file.stem
@@ -135,7 +137,13 @@ class _Paths(ast.NodeTransformer):
                     self.paths[alias.asname or alias.name] = path
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
-        return ast.Name(self.paths.get(node.id, node.id))
+        path = self.paths.get(node.id, node.id)
+        return ast.Name(node.id if path in UNLINKED else path)
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        if ast.unparse(node) in UNLINKED:
+            return ast.Name(node.attr)
+        return self.generic_visit(node)
 
 
 def signature(name: Name, public: dict[tuple[Path, str], str]) -> str:
@@ -207,12 +215,11 @@ def results(variant: str) -> str:
     wanted = [line for line in lines if re.match(rf"{variant}\b", line)]
     if not wanted:
         return ""
-    head = next(i for i, line in enumerate(lines) if re.match(r"\w", line) and i > 0)
-    plain, last = lines[head], lines[-1]
-    table = "\n".join([*lines[:head], plain, *wanted, last])
+    base = next(i for i, line in enumerate(lines) if i > 0 and line[0] != " ")  # After the head.
+    table = "\n".join([*lines[: base + 1], *wanted, lines[-1]])
     return (
-        f"## On the digits\n\nFrom `{found[1]}` ([all variants](../../results/examples.md)); the first line is the "
-        f"base optimizer, the last a tuned penalty without SAM:\n\n```text\n{table}\n```\n"
+        f"## On the digits\n\nFrom `{found[1]}` ([all variants](../../results/examples.md)). The first row\n"
+        f"is the base optimizer, the last a tuned penalty without SAM.\n\n```text\n{table}\n```\n"
     )
 
 

@@ -18,7 +18,8 @@ def convert(tex: str, *, as_block: bool = False) -> str:
         tex = re.sub(pattern, other, tex)
     if r"\\" in tex:
         tex = rf"\begin{{aligned}}{tex}\end{{aligned}}"
-    return tex2mathml(tex, as_block=as_block)
+    bar = '<mo stretchy="false">|</mo>'  # As in |w|: a fence, without the space of an operator.
+    return tex2mathml(tex, as_block=as_block).replace(bar, bar.replace(">", ' lspace="0" rspace="0">', 1))
 
 
 def _write(visitor: Any, node: nodes.Element, *, as_block: bool) -> None:
