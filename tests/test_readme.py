@@ -3,6 +3,7 @@
 import inspect
 import pathlib
 import re
+import tomllib
 from typing import Any
 
 import jax.numpy as jnp
@@ -84,6 +85,26 @@ def test_keras_table_names_every_parameter() -> None:
 
 
 PAGES = {*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/*.md"), *ROOT.glob("docs/[a-z]*/*.md")}
+
+
+def test_a_package_index_gets_no_link_into_the_repository() -> None:
+    """The substitutions of pyproject.toml leave links into the world alone, and no others."""
+    hook = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["metadata"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    inside = set(re.findall(r"\]\((?!https?:)([^)#]+)", text))
+    assert inside
+    for substitution in hook["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(substitution["pattern"], substitution["replacement"], text)
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert links
+    assert all(link.startswith("https://") for link in links)
+    assert all(f"`{path}`" in text for path in inside if path.endswith(".md"))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/citing.md", "CITATION.cff"])
+def test_citations_name_this_version(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert re.findall(r"^ *version(?: = \{|: )([\d.]+)", text, re.MULTILINE) == [optax_sam.__version__]
 
 
 def anchors(page: pathlib.Path) -> set[str]:
