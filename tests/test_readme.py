@@ -123,6 +123,8 @@ def test_links_and_pictures_are_there(page: pathlib.Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"\w+:", target):  # Elsewhere in the world.
             continue
+        if target.endswith(".png") and not (ROOT / "images").exists():  # A source distribution has none.
+            continue
         path, _, anchor = target.partition("#")
         there = page.parent / path if path else page
         assert there.exists(), f"{page.name} leads to {target}"

@@ -72,17 +72,23 @@ def modules() -> list[str]:
     return [name for name, module in exports(PACKAGE / "__init__.py").items() if module == "optax_sam"]
 
 
+def definition(module: str, name: str) -> tuple[Path, ast.AST]:
+    """Where a name is defined: in the file of a module, or in one that this file takes it from."""
+    file = file_of(module)
+    own = definitions(file)
+    return (file, own[name]) if name in own else definition(exports(file)[name], name)
+
+
 def names_of(module: str) -> list[Name]:
     """The public names of a module: what it exports of other files, and what it defines."""
     file = file_of(module)
     found = []
     for name, origin in exports(file).items():
         if origin != "optax_sam":
-            source = file_of(origin)
-            found.append(Name(f"{module}.{name}", source, definitions(source)[name]))
+            found.append(Name(f"{module}.{name}", *definition(origin, name)))
     if module != "optax_sam":
         own = definitions(file).items()
-        found += [Name(f"{module}.{name}", file, node) for name, node in own if name[0] not in "_"]
+        found += [Name(f"{module}.{name}", file, node) for name, node in own if name[0] != "_"]
     return found
 
 
