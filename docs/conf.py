@@ -45,8 +45,8 @@ inventories = {
     "flax": "https://flax.readthedocs.io/en/latest/",
 }
 intersphinx_mapping = {name: (url, f"inventories/{name}.inv") for name, url in inventories.items()}
-# Names of the standard library, type variables and private aliases are shown and lead nowhere.
-nitpick_ignore_regex = [("py:.*", r"\w+")]
+# Names of the standard library, type variables, private aliases and array types are shown and lead nowhere.
+nitpick_ignore_regex = [("py:.*", r"\w+"), ("py:.*", r"(jax|numpy)\.typing\.\w+")]
 
 html_theme = "sphinx_book_theme"
 html_title = f"optax_sam {release}"

@@ -19,7 +19,7 @@ CUSTOM = "Custom variants"
 SECTIONS = {"_value_and_grad": STEP, "_state": STEP, "_variant": CUSTOM, "_loss": CUSTOM}
 IN_STEP = ("SAMGradients",)  # Of `_loss`, but what every user meets.
 # Names that no documentation has a page for: shown in short.
-UNLINKED = ("optax.ScalarOrSchedule", "optax.Schedule", "numpy.typing.ArrayLike")
+UNLINKED = ("optax.ScalarOrSchedule", "optax.Schedule")
 CONSTRUCTED = ("SharpnessAwareTransformation", "optax.GradientTransformationExtraArgs")
 
 
@@ -143,8 +143,7 @@ class _Paths(ast.NodeTransformer):
                     self.paths[alias.asname or alias.name] = path
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
-        path = self.paths.get(node.id, node.id)
-        return ast.Name(node.id if path in UNLINKED else path)
+        return ast.Name(self.paths.get(node.id, node.id))
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         if ast.unparse(node) in UNLINKED:
@@ -241,6 +240,8 @@ def pages() -> dict[str, str]:
     texts: dict[str, str] = {}
     links: dict[str, list[str]] = {"step": [], "variants": [], "modules": []}
     for page, names in found.items():
+        if page in (STEP, CUSTOM):
+            names = sorted(names, key=lambda name: isinstance(name.node, ast.ClassDef))  # Functions first.
         body = reference(names, public)
         if page in (STEP, CUSTOM):
             slug = page.lower().replace(" ", "_")
