@@ -228,9 +228,10 @@ def results(variant: str) -> str:
     )
 
 
-def title(module: str) -> str:
-    """The first line of a module."""
-    return (ast.get_docstring(parse(file_of(module))) or module).split("\n", 1)[0].rstrip(".")
+def first_line(node: ast.AST) -> str:
+    """What a module or a function says of itself first."""
+    assert isinstance(node, ast.Module | ast.FunctionDef)
+    return re.sub(r":math:`([^`]+)`", r"$\1$", (ast.get_docstring(node) or "").split("\n", 1)[0])
 
 
 def pages() -> dict[str, str]:
@@ -238,30 +239,32 @@ def pages() -> dict[str, str]:
     found = places()
     public = {(n.file, n.path.split(".")[-1]): n.path for names in found.values() for n in names}
     texts: dict[str, str] = {}
-    links: dict[str, list[str]] = {"step": [], "variants": [], "modules": []}
+    # Of the index: heading -> page -> what it says.
+    index: dict[str, dict[str, str]] = {"Core": {}, "Variants": {}, "Modules": {}}
     for page, names in found.items():
         if page in (STEP, CUSTOM):
-            names = sorted(names, key=lambda name: isinstance(name.node, ast.ClassDef))  # Functions first.
-        body = reference(names, public)
-        if page in (STEP, CUSTOM):
             slug = page.lower().replace(" ", "_")
-            texts[slug] = f"# {page}\n\n{body}"
-            links["step"].append(slug)
+            names = sorted(names, key=lambda name: isinstance(name.node, ast.ClassDef))  # Functions first.
+            index["Core"][slug] = ", ".join(f"`{name.path.split('.')[-1]}`" for name in names)
+            texts[slug] = f"# {page}\n\n{reference(names, public)}"
         elif page.startswith("variants/"):
             variant = page.split("/")[1]
-            texts[page] = f"# {variant}\n\n{facts(variant)}\n{body}\n{results(variant)}"
-            links["variants"].append(page)
+            index["Variants"][page] = first_line(names[0].node)
+            texts[page] = f"# {variant}\n\n{facts(variant)}\n{reference(names, public)}\n{results(variant)}"
         else:
-            texts[page] = (
-                f"# optax_sam.{page}\n\n```{{eval-rst}}\n.. automodule:: optax_sam.{page}\n```\n\n{body}"
-            )
-            links["modules"].append(page)
-    trees = "\n".join(
-        f"```{{toctree}}\n:maxdepth: 1\n:caption: {caption}\n\n" + "\n".join(links[key]) + "\n```\n"
-        for key, caption in (("step", "Core"), ("variants", "Variants"), ("modules", "Modules"))
+            module = f"optax_sam.{page}"
+            index["Modules"][page] = first_line(parse(file_of(module)))
+            about = f"```{{eval-rst}}\n.. automodule:: {module}\n```"
+            texts[page] = f"# {module}\n\n{about}\n\n{reference(names, public)}"
+    texts["index"] = (
+        "# API\n\nWhat all functions have in common is said once, on the page of "
+        "[conventions](../conventions.md).\n\n"
     )
-    text = "What all functions have in common is said once, on the page of [conventions](../conventions.md)."
-    texts["index"] = f"# API\n\n{text}\n\n{trees}"
+    for heading, lines in index.items():
+        rows = "".join(f"| {{doc}}`{page}` | {line} |\n" for page, line in lines.items())
+        tree = "\n".join(lines)
+        texts["index"] += f"## {heading}\n\n| page | |\n|---|---|\n{rows}\n"
+        texts["index"] += f"```{{toctree}}\n:hidden:\n\n{tree}\n```\n\n"
     return texts
 
 
