@@ -145,9 +145,6 @@ def window(start: int, stop: int | None = None) -> Gate:
     Returns:
       The gate.
 
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
-
     Examples:
       >>> import optax_sam
       >>> late = optax_sam.gates.window(9_000)  # The last tenth of 10,000 steps.
@@ -177,9 +174,6 @@ def randomly(probability: optax.ScalarOrSchedule, key: int | jax.Array = 0) -> G
 
     Returns:
       The gate.
-
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
 
     Examples:
       >>> import optax_sam
@@ -229,9 +223,6 @@ def large_gradient(threshold: optax.ScalarOrSchedule = 0.0, decay: float = 0.9) 
 
     Returns:
       The gate. It remembers two scalars.
-
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
 
     Examples:
       >>> import optax_sam

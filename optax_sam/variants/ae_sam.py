@@ -34,9 +34,6 @@ def ae_sam(
       A sharpness-aware transformation: `gated(sam(rho), gates.large_gradient(threshold, decay))`. One or two
       gradient evaluations a step, about 1.5 with a threshold around 0; three scalars as state.
 
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
-
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam
       >>> loss = lambda w: (10 * w[0] ** 2 + w[1] ** 2) / 2

@@ -49,9 +49,6 @@ def async_sam(
       state. With "perturbed", value and aux are those of the perturbed point, the only one visited, the
       pair holds its gradient twice, and the perturbation is one for all devices and shards.
 
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
-
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam
       >>> loss = lambda w: (10 * w[0] ** 2 + w[1] ** 2) / 2

@@ -89,9 +89,6 @@ def bsam(
       of several devices with `perturbation="local"`, each has noise of its own; what enters s is then
       the mean of :math:`\sqrt{s} |g|` over them.
 
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
-
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam
       >>> loss = lambda w: (10 * w[0] ** 2 + w[1] ** 2) / 2

@@ -34,9 +34,6 @@ def extragradient(
       A transformation on the mechanism of the sharpness-aware ones. Two gradient evaluations a step, no
       state but scalars.
 
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
-
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam
       >>> loss = lambda w: (10 * w[0] ** 2 + w[1] ** 2) / 2

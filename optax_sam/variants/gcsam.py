@@ -39,9 +39,6 @@ def gcsam(
     Returns:
       A sharpness-aware transformation. Two gradient evaluations a step, no state but scalars.
 
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
-
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam
       >>> loss = lambda w: jnp.sum(w**3) / 3

@@ -34,9 +34,6 @@ def hessian_sam(
       A sharpness-aware transformation. One gradient and one Hessian-vector product a step, about 2.9
       gradients (2 with `difference`); no state but scalars.
 
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
-
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam
       >>> loss = lambda w: (10 * w[0] ** 2 + w[1] ** 2) / 2

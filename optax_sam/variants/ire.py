@@ -62,9 +62,6 @@ def ire(
       that is not finite leaves the choice as it was. No gradient evaluations of its own; one byte per
       weight, a boolean, as state.
 
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
-
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam
       >>> loss = lambda w: (10 * w[0] ** 2 + w[1] ** 2) / 2

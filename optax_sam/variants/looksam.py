@@ -67,9 +67,6 @@ def looksam(
       skipped by `jax.lax.cond`; under a `vmap` over states both are computed), one copy of the params as
       state. In a step without perturbation the pair holds the clean gradient twice.
 
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
-
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam
       >>> loss = lambda w: (10 * w[0] ** 2 + w[1] ** 2) / 2

@@ -102,8 +102,7 @@ def msam(
       holds its gradient twice, and the perturbation is one for all devices and shards.
 
     Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range, or the base optimizer
-        has no momentum or several.
+      ValueError: If the base optimizer has no momentum or several.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam
@@ -200,8 +199,8 @@ def shifted_msam(
       after it. One gradient evaluation a step, no state but that of the base optimizer.
 
     Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range, the base optimizer has
-        no momentum or several, or `update` gets no params or a pair of gradients.
+      TypeError, ValueError: If the base optimizer has no momentum or several, or `update` gets no params or a
+        pair of gradients.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam

@@ -41,9 +41,6 @@ def sam(
     Returns:
       A sharpness-aware transformation. steps + 1 gradient evaluations a step, no state but scalars.
 
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
-
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam
       >>> loss = lambda w: (10 * w[0] ** 2 + w[1] ** 2) / 2

@@ -92,9 +92,6 @@ def same(
     Returns:
       A sharpness-aware transformation. Two gradient evaluations a step, no state but scalars.
 
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
-
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam
       >>> loss = lambda w: (10 * w[0] ** 2 - w[1] ** 2) / 2
@@ -157,9 +154,6 @@ def custom_same(
     Returns:
       A sharpness-aware transformation. Two gradient evaluations a step, no state but scalars.
 
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
-
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam
       >>> loss = lambda w: (10 * w[0] ** 2 - w[1] ** 2) / 2
@@ -199,9 +193,6 @@ def saner(
 
     Returns:
       A sharpness-aware transformation. Two gradient evaluations a step, no state but scalars.
-
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam

@@ -45,9 +45,6 @@ def vasso(
     Returns:
       A sharpness-aware transformation. Two gradient evaluations a step, one copy of the params as state.
 
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
-
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam
       >>> loss = lambda w: (10 * w[0] ** 2 + w[1] ** 2) / 2

@@ -49,9 +49,6 @@ def weight_noise(
       those of the noisy point, and the pair holds its gradient twice; with `mix` below 1 two, and the value
       is the clean one. Each shard, and each device with `perturbation="local"`, has noise of its own.
 
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
-
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam
       >>> loss = lambda w: (10 * w[0] ** 2 + w[1] ** 2) / 2

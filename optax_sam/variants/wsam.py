@@ -55,8 +55,7 @@ def wsam(
       A sharpness-aware transformation. Two gradient evaluations a step, no state but scalars.
 
     Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range, or gamma and alpha
-        are both given.
+      ValueError: If gamma and alpha are both given.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam
@@ -125,8 +124,7 @@ def decoupled_wsam(
       of the base optimizer.
 
     Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range, or gamma and alpha
-        are both given.
+      ValueError: If gamma and alpha are both given.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam
