@@ -8,7 +8,7 @@ import ast
 import contextlib
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from optax_sam import _checks, _tree
 
 AxisName = str | tuple[str, ...]
 
+T = TypeVar("T")
+
 
 def _register(register: Callable[..., Any], kind: Any, **functions: Any) -> Any:
     """Registers a type under its name; under another where this process imports the package once more."""
@@ -30,7 +32,7 @@ def _register(register: Callable[..., Any], kind: Any, **functions: Any) -> Any:
     return kind
 
 
-def serializable(kind: Any) -> Any:
+def serializable(kind: type[T]) -> type[T]:
     """Lets `jax.export` write a named tuple, so that an exported step keeps its state."""
     return _register(export.register_namedtuple_serialization, kind)
 
@@ -79,7 +81,7 @@ class _Pair(NamedTuple):
     clean: optax.Updates
     perturbed: optax.Updates
     statistics: Any = None
-    made_by: MadeBy = MadeBy()
+    made_by: Any = MadeBy()  # To a type checker a pair must pass as `optax.Updates`, a tree of arrays.
 
 
 class _NamesTheDoors(type):

@@ -1,5 +1,7 @@
 """The type of all variants, the function that builds one, and the doors of its `update`."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import inspect
@@ -57,9 +59,9 @@ class SharpnessAwareTransformation(optax.GradientTransformationExtraArgs):
     rho_name: str
     begins_at_params: bool
     made_by: MadeBy
-    remake: Callable[..., "SharpnessAwareTransformation"] | None
+    remake: Callable[..., SharpnessAwareTransformation] | None
 
-    def __new__(cls, init: Any, update: Any, **attributes: Any) -> "SharpnessAwareTransformation":
+    def __new__(cls, init: Any, update: Any, **attributes: Any) -> SharpnessAwareTransformation:
         """Builds the pair of functions and attaches the rest."""
         self = super().__new__(cls, init, update)
         self.__dict__.update(attributes)
@@ -67,7 +69,7 @@ class SharpnessAwareTransformation(optax.GradientTransformationExtraArgs):
 
     if not TYPE_CHECKING:  # Which takes `_replace` of a named tuple for final.
 
-        def _replace(self, /, **kwargs: Any) -> "SharpnessAwareTransformation":
+        def _replace(self, /, **kwargs: Any) -> SharpnessAwareTransformation:
             """A copy with another `init` or `update`, and the same evaluation rule."""
             return type(self)(**{**self._asdict(), **kwargs}, **self.__dict__)
 

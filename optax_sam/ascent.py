@@ -6,9 +6,11 @@ too. Norms are global over the leaves, computed in float32 or better; the pertur
 float32 or better. A zero gradient gives a zero perturbation.
 """
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -237,7 +239,7 @@ def _broadcast(mask: Mask, params: optax.Params) -> Any:
 def adaptive(
     eta: float = 0.01,
     *,
-    granularity: str = "elementwise",
+    granularity: Literal["elementwise", "leaf", "filter"] = "elementwise",
     mask: Mask = True,
     output_axis: int = -1,
     ord: float = 2.0,
@@ -446,7 +448,9 @@ def centralized(
     return AscentRule(perturb, _length(inner))
 
 
-def masked(mask: Mask, rule: Ascent | None = None, *, norm: str = "selected") -> AscentRule:
+def masked(
+    mask: Mask, rule: Ascent | None = None, *, norm: Literal["selected", "all"] = "selected"
+) -> AscentRule:
     """Perturbs some of the leaves, or some of the entries, only.
 
     Args:

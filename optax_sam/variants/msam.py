@@ -1,5 +1,7 @@
 """Momentum-SAM: the optimizer's momentum gives the perturbation (Becker, Altrock, Risse, 2024)."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
