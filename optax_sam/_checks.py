@@ -148,15 +148,64 @@ def _no_nnx_object(tree: Any) -> None:
             raise TypeError(msg)
 
 
+def difference(tree: Any, like: Any, owner: str, *, path: tuple[Any, ...] = (), prefix: bool = False) -> str:
+    """The first place at which two trees differ in structure, in words.
+
+    Args:
+      tree: What was got.
+      like: What it should be like.
+      owner: Whose `like` is, with its verb, such as "params have".
+      path: Where the trees lie in larger ones.
+      prefix: Whether a leaf of `tree` may stand for a whole subtree of `like`.
+
+    Returns:
+      Such as "nothing at ['bias'], where params have an array of shape (3,)"; empty if they do not differ.
+    """
+    own, other = _children(tree), _children(like)
+    where = jax.tree_util.keystr(path) or "the top"
+    if own is None and (other is None or prefix):
+        return ""
+    if own is None or other is None or _top(tree) != _top(like):
+        for key, x in (other or {}).items():
+            if own is not None and key not in own:
+                return f"nothing at {jax.tree_util.keystr((*path, key))}, where {owner} {_kind(x)}"
+        for key, x in (own or {}).items():
+            if other is not None and key not in other:
+                return f"{_kind(x)} at {jax.tree_util.keystr((*path, key))}, where {owner} nothing"
+        another = "another one (its static fields differ)" if type(tree) is type(like) else _kind(like)
+        return f"{_kind(tree)} at {where}, where {owner} {another}"
+    found = (difference(own[key], other[key], owner, path=(*path, key), prefix=prefix) for key in own)
+    return next(filter(None, found), "")
+
+
+def _children(tree: Any) -> dict[Any, Any] | None:
+    """What hangs at the top of a tree, by its keys; None of a leaf."""
+    if jax.tree_util.all_leaves([tree]):
+        return None
+    return {
+        path[0]: x for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is not tree)
+    }
+
+
+def _top(tree: Any) -> Any:
+    """The structure of the top of a tree."""
+    return jax.tree.structure(tree, is_leaf=lambda x: x is not tree)
+
+
+def _kind(x: Any) -> str:
+    """What something is, short enough for a message."""
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return f"an array of shape {tuple(x.shape)}"
+    name = type(x).__name__
+    return "None" if x is None else f"{'an' if name[0] in 'AEIOaeio' else 'a'} {name}"
+
+
 def same_shapes(name: str, tree: Any, params: Any, *, updates: bool = False) -> None:
     """Refuses a tree whose structure or shapes are not those of params; for updates it says what helps."""
     if jax.tree.structure(tree) != jax.tree.structure(params):
-        advice = "\nWhat changes the structure of updates, as `optax.flatten` does, comes after the variant."
-        msg = (
-            f"{name} must have the structure of params, got\n  {jax.tree.structure(tree)}\n"
-            f"where params have\n  {jax.tree.structure(params)}." + (advice if updates else "")
-        )
-        raise ValueError(msg)
+        advice = " What changes the structure of updates, as `optax.flatten` does, comes after the variant."
+        msg = f"{name} must have the structure of params, got {difference(tree, params, 'params have')}."
+        raise ValueError(msg + (advice if updates else ""))
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     for (path, leaf), like in zip(leaves, jax.tree.leaves(params), strict=True):
         if np.shape(leaf) != np.shape(like):

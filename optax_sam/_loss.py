@@ -7,6 +7,7 @@ here, once for all variants.
 import ast
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -53,6 +54,11 @@ class MadeBy:
     name: str = ""
     arguments: tuple[tuple[str, Any], ...] = ()
     precision: str | None = None
+
+    def __repr__(self) -> str:
+        """The call of the constructor, as far as it is known."""
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.arguments)
+        return f"{self.name}({arguments})" if self.name else "an unknown variant"
 
     def __eq__(self, other: object) -> bool:
         """Whether the other is a mark too."""
@@ -114,6 +120,15 @@ class SAMGradients(_Pair, metaclass=_NamesTheDoors):
     """
 
     __slots__ = ()
+
+    def __repr__(self) -> str:
+        """What the pair is, and none of its many numbers."""
+        leaves = jax.tree.leaves(self.clean)
+        entries = sum(math.prod(np.shape(x)) for x in leaves)
+        count = f"{len(leaves)} leaves" if len(leaves) != 1 else "1 leaf"
+        return (
+            f"SAMGradients(clean and perturbed: {count} with {entries:,} entries each, by {self.made_by!r})"
+        )
 
 
 class Peers(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 import jax
@@ -49,6 +49,7 @@ class SharpnessAwareTransformation(optax.GradientTransformationExtraArgs):
       begins_at_params: Whether its first pass is the gradient at params.
       made_by: The name and the arguments of its constructor, as its pairs of gradients carry them.
       remake: Makes it anew with some of the constructor's arguments replaced, or None.
+      describe: Gives the call of the constructor, for people to read.
     """
 
     evaluate: Evaluate
@@ -60,12 +61,17 @@ class SharpnessAwareTransformation(optax.GradientTransformationExtraArgs):
     begins_at_params: bool
     made_by: MadeBy
     remake: Callable[..., SharpnessAwareTransformation] | None
+    describe: Callable[[], str]
 
     def __new__(cls, init: Any, update: Any, **attributes: Any) -> SharpnessAwareTransformation:
         """Builds the pair of functions and attaches the rest."""
         self = super().__new__(cls, init, update)
         self.__dict__.update(attributes)
         return self
+
+    def __repr__(self) -> str:
+        """The call of the constructor: `gsam(rho=0.05, alpha=0.4)`."""
+        return self.describe()
 
     if not TYPE_CHECKING:  # Which takes `_replace` of a named tuple for final.
 
@@ -116,6 +122,7 @@ def constructor(function: Callable[P, T]) -> Callable[P, T]:
 
             constants = tuple((key, x) for key, x in bound.arguments.items() if _is_constant(x))
             variant.made_by, variant.remake = MadeBy(name, constants), remake
+            variant.describe = lambda: f"{name}({', '.join(_shown(signature, bound.arguments))})"
         return variant
 
     return make
@@ -138,6 +145,19 @@ def _is_constant(x: Any) -> bool:
     if isinstance(x, tuple):
         return all(map(_is_constant, cast("tuple[Any, ...]", x))) and type(x) is tuple
     return isinstance(x, bool | int | float | str)
+
+
+def _shown(signature: inspect.Signature, arguments: Mapping[str, Any]) -> Iterator[str]:
+    """Arguments as in a call: numbers always, others where they are not the default."""
+    for name, x in arguments.items():
+        default = signature.parameters[name].default
+        is_number = isinstance(x, int | float) and not isinstance(x, bool)
+        if not is_number and (x is default or (_is_constant(x) and x == default)):
+            continue
+        text = repr(x)
+        if len(text) > 100 or " at 0x" in text:
+            text = f"<{getattr(x, '__name__', type(x).__name__)}>"
+        yield f"{name}={text}"
 
 
 def _refuse_pair_of_another(evaluated: MadeBy, chained: MadeBy) -> None:
@@ -356,8 +376,7 @@ def _checked_descent(result: Any, memory: Any, like: Any) -> tuple[Any, Any]:
     if jax.tree.structure(new) != jax.tree.structure(memory):
         msg = (
             "The memory that `descent` returns must have the structure of what `init_memory` makes (without "
-            f"one: return `state.memory`), got\n  {jax.tree.structure(new)}\nwhere the state holds\n  "
-            f"{jax.tree.structure(memory)}."
+            f"one: return `state.memory`), got {_checks.difference(new, memory, 'the state holds')}."
         )
         raise ValueError(msg)
     return direction, new
@@ -553,5 +572,6 @@ def sharpness_aware(
         begins_at_params=begins_at_params,
         made_by=MadeBy("sharpness_aware"),
         remake=None,
+        describe=lambda: f"sharpness_aware({rho_name}={rho!r})",
     )
     return variant

@@ -216,10 +216,10 @@ def _broadcast(mask: Mask, params: optax.Params) -> Any:
     try:
         full = jax.tree.map(lambda m, subtree: jax.tree.map(lambda _: m, subtree), tree, params)
     except (TypeError, ValueError) as error:
+        found = _checks.difference(tree, params, "params have", prefix=True)
         msg = (
             "`mask` must be a pytree of booleans with the structure of params or of their upper levels, or a "
-            f"function of params that returns one, got\n  {jax.tree.structure(tree)}\nwhere params have\n  "
-            f"{jax.tree.structure(params)}."
+            f"function of params that returns one, got {found}."
         )
         raise ValueError(msg) from error
     of_leaves = jax.tree_util.tree_leaves_with_path(full)
