@@ -1,6 +1,7 @@
 """Sharpness-aware minimization for JAX and Optax."""
 
 from optax_sam import ascent as ascent
+from optax_sam import equinox as equinox
 from optax_sam import gates as gates
 from optax_sam import landscape as landscape
 from optax_sam import linen as linen

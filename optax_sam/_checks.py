@@ -96,6 +96,17 @@ def value_and_aux(output: Any) -> tuple[Any, Any]:
     return value, aux
 
 
+def value(output: Any) -> Any:
+    """What a loss without aux returns, or an error if it is a pair."""
+    if isinstance(output, tuple | list):
+        msg = (
+            f"`fun` must return a scalar, got a {type(output).__name__}. If it is `(loss, aux)`, write "
+            "`has_aux=True`. If `fun` is `jax.value_and_grad(loss)`, pass `loss` itself."
+        )
+        raise TypeError(msg)
+    return output
+
+
 def choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Refuses what is not one of the names."""
     if value not in choices:
@@ -113,18 +124,19 @@ def params(tree: Any) -> None:
         if dtype is None:
             if isinstance(leaf, float):
                 continue
+            advice = _of_equinox(tree) or "keep it out of params: pass it to the loss as another argument."
             msg = (
                 f"params must hold floating-point arrays, got {leaf!r} of type {type(leaf).__name__} "
-                f"at {where}. Keep it out of params: pass it to the loss as another argument."
+                f"at {where}: {advice}"
             )
             raise TypeError(msg)
         if not jax.numpy.issubdtype(dtype, np.floating):
             advice = (
-                "split it into a real and an imaginary leaf and join them in the loss"
+                "split it into a real and an imaginary leaf and join them in the loss."
                 if jax.numpy.issubdtype(dtype, np.complexfloating)
-                else "pass it to the loss as another argument, outside params"
+                else _of_equinox(tree) or "pass it to the loss as another argument, outside params."
             )
-            msg = f"params must be floating-point, got dtype {dtype} at {where}: {advice}."
+            msg = f"params must be floating-point, got dtype {dtype} at {where}: {advice}"
             raise TypeError(msg)
         if np.dtype(dtype).itemsize < 2:
             msg = (
@@ -132,6 +144,17 @@ def params(tree: Any) -> None:
                 "float32, and cast them in the loss."
             )
             raise TypeError(msg)
+
+
+def _of_equinox(tree: Any) -> str:
+    """What to write for a model of Equinox that was passed whole; empty for all else."""
+    kind = getattr(sys.modules.get("equinox"), "Module", ())  # Where it is not imported there is no module.
+    if not any(isinstance(x, kind) for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kind))):
+        return ""
+    return (
+        "of an Equinox model pass the params alone, `eqx.filter(model, eqx.is_inexact_array)`, to `init` and "
+        "`update`, and evaluate it by `optax_sam.equinox.sam_value_and_grad`, which takes the whole model."
+    )
 
 
 def _no_nnx_object(tree: Any) -> None:

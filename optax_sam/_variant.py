@@ -193,7 +193,8 @@ def value_at(value: Any, step: jax.Array) -> Any:
 
 
 def as_arrays(params: Any) -> Any:
-    """Params with arrays in place of plain numbers. Abstract arrays stay as they are."""
+    """Params, checked, with arrays in place of plain numbers. Abstract arrays stay as they are."""
+    _checks.params(params)
     return jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x), params)
 
 
@@ -522,7 +523,6 @@ def sharpness_aware(
 
     def init(params: optax.Params) -> SAMState:
         params = as_arrays(params)
-        _checks.params(params)
         memory = () if init_memory is None else init_memory(params)
         if not is_optimizer:  # Whose base optimizer keeps the dtypes that it likes.
             memory = _tree.upcast_floats(memory)

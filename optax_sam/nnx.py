@@ -279,7 +279,7 @@ def _pure(
             trees[i] = _map_nodes(nnx, join, nodes[0][i], args[i])
         objects = nnx.from_tree((tuple(trees), nodes[1]), ctxtag=_TAG, is_inner=True)
         output = fun(*objects[0], **objects[1])
-        value, aux = _checks.value_and_aux(output) if has_aux else (output, None)
+        value, aux = _checks.value_and_aux(output) if has_aux else (_checks.value(output), None)
         after, aux = nnx.to_tree((nnx.extract.clear_non_graph_nodes(objects), aux), ctxtag=_TAG)
         # What the loss left alone need not be returned, nor be rounded by an average or by `ascent_dtype`.
         after = jax.tree.map(lambda x: kept.get(id(x), x), after)

@@ -303,7 +303,7 @@ UPDATES: list[tuple[Any, type[Exception], str]] = [
     (
         lambda: update(optax_sam.SAMGradients(PARAMS, SMALLER)),
         ValueError,
-        r"The perturbed gradient must .*, got nothing at \['scale'\], where params have an array of shape \(\)",
+        r"The perturbed gradient .*, got nothing at \['scale'\], where params have an array of shape \(\)",
     ),
     (
         lambda: update(optax_sam.SAMGradients(SMALLER, PARAMS)),

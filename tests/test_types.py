@@ -18,6 +18,7 @@ import optax_sam
 SCRIPT = """
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
@@ -92,6 +93,20 @@ scaled = optax_sam.linen.dynamic_scale_value_and_grad(DynamicScale(), loss_with_
 scaled_output = scaled(params, batch, state=opt_state)
 scaled_output  # is: tuple[DynamicScale, Array, tuple[Array, dict[str, Array]], SAMGradients]
 
+# Equinox.
+mlp = eqx.nn.MLP(3, 1, 4, 1, key=jax.random.key(0))
+
+
+def mlp_loss(model: eqx.nn.MLP, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    y = jax.vmap(model)(x)
+    return jnp.mean(y), y
+
+
+eqx_value_and_grad = optax_sam.equinox.sam_value_and_grad(mlp_loss, sam, has_aux=True)
+eqx_output = eqx.filter_jit(eqx_value_and_grad)(mlp, batch, state=opt_state)
+eqx_output  # is: tuple[tuple[Array, Array], SAMGradients]
+updates, opt_state = tx.update(eqx_output[1], opt_state, eqx.filter(mlp, eqx.is_inexact_array))
+
 
 # What users write themselves.
 def climb(gradient: optax.Updates, rho: Any, params: optax.Params) -> optax.Updates:
@@ -124,6 +139,8 @@ optax_sam.sharpness_aware(0.1, climb, when=when)
 value_and_grad(params, batch)  # flagged
 nnx_metrics(model, batch)  # flagged
 scaled(params, batch)  # flagged
+eqx_value_and_grad(mlp, batch)  # flagged
+optax_sam.equinox.sam_value_and_grad(mlp_loss, sam, argnums=0)  # flagged
 optax_sam.sam_value_and_grad(loss_fn, tx)  # flagged
 optax_sam.sam_value_and_grad(loss_fn, sam, has_aux=True)  # flagged
 optax_sam.sam_value_and_grad(loss_fn, sam, num_shard=2)  # flagged
