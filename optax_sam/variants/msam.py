@@ -228,7 +228,6 @@ def shifted_msam(
 
     def init(params: optax.Params) -> ShiftedMSAMState:
         params = as_arrays(params)
-        _checks.params(params)
         state = base.init(params)
         _momentum(state, params)  # Said now rather than at the first step.
         return ShiftedMSAMState(
