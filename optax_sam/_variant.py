@@ -49,7 +49,7 @@ class SharpnessAwareTransformation(optax.GradientTransformationExtraArgs):
       begins_at_params: Whether its first pass is the gradient at params.
       made_by: The name and the arguments of its constructor, as its pairs of gradients carry them.
       remake: Makes it anew with some of the constructor's arguments replaced, or None.
-      describe: Gives the call of the constructor, for people to read.
+      describe: Gives the call of the constructor, for people to read, or None.
     """
 
     evaluate: Evaluate
@@ -61,7 +61,7 @@ class SharpnessAwareTransformation(optax.GradientTransformationExtraArgs):
     begins_at_params: bool
     made_by: MadeBy
     remake: Callable[..., SharpnessAwareTransformation] | None
-    describe: Callable[[], str]
+    describe: Callable[[], str] | None = None
 
     def __new__(cls, init: Any, update: Any, **attributes: Any) -> SharpnessAwareTransformation:
         """Builds the pair of functions and attaches the rest."""
@@ -71,7 +71,7 @@ class SharpnessAwareTransformation(optax.GradientTransformationExtraArgs):
 
     def __repr__(self) -> str:
         """The call of the constructor: `gsam(rho=0.05, alpha=0.4)`."""
-        return self.describe()
+        return self.describe() if self.describe else f"{self.made_by.name}({self.rho_name}={self.rho!r})"
 
     if not TYPE_CHECKING:  # Which takes `_replace` of a named tuple for final.
 
@@ -572,6 +572,5 @@ def sharpness_aware(
         begins_at_params=begins_at_params,
         made_by=MadeBy("sharpness_aware"),
         remake=None,
-        describe=lambda: f"sharpness_aware({rho_name}={rho!r})",
     )
     return variant

@@ -704,6 +704,7 @@ def test_a_variant_says_what_it_is() -> None:
         "sam(rho=<schedule>, steps=3)": optax_sam.sam(optax.linear_schedule(0.0, 0.1, 9), steps=3),
         "sam(rho=0.05, ascent=<AscentRule>)": optax_sam.sam(ascent=ascent.absolute()),
         "sharpness_aware(rho=0.2)": optax_sam.sharpness_aware(0.2),
+        "gated(sam(rho=0.05), every(2))": optax_sam.gated(optax_sam.sam(), optax_sam.gates.every(2)),
     }
     for text, variant in texts.items():
         assert repr(variant).replace("0.10000000149011612", "0.1") == text

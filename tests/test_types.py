@@ -154,6 +154,7 @@ optax_sam.gsam(objective="nonsense")  # flagged
 optax_sam.async_sam(reuse="nonsense")  # flagged
 optax_sam.ascent.adaptive(granularity="nonsense")  # flagged
 optax_sam.ascent.masked(True, norm="nonsense")  # flagged
+optax_sam.weight_noise(per="nonsense")  # flagged
 """
 
 # Strict as this project is: JAX and Flax leave some types unknown, and Optax has no marks.

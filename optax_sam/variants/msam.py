@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ def msam(
     base_optimizer: optax.GradientTransformation,
     rho: optax.ScalarOrSchedule = 0.3,
     *,
-    along: str = "momentum",
+    along: Literal["momentum", "update"] = "momentum",
     ascent: ascents.Ascent | None = None,
 ) -> SharpnessAwareTransformation:
     r"""SAM in one gradient a step: the perturbation follows the momentum. A whole optimizer.
