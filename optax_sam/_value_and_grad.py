@@ -216,8 +216,7 @@ def sam_value_and_grad(
         call = Call(
             args, kwargs, params_at, np.ndim(cast("Any", argnums)) == 0, plan.batch_at, has_aux, loss_scale
         )
-        _check_call(call, state, argnums, batch_argnums)
-        _check_keywords(fun, call, state)
+        _check_call(fun, call, state, argnums, batch_argnums)
         _check_axis(axis_name)
         current, sam_state = _read_state(variant, state, call.params)
         params = varying(jax.tree.map(jnp.asarray, call.params), axis_name)
@@ -359,7 +358,7 @@ def _make_plan(
     return _Plan(num_shards or 1, rounds, parts, batch_at)
 
 
-def _check_call(call: Call, state: Any, argnums: Any, batch_argnums: Any) -> None:
+def _check_call(fun: Callable[..., Any], call: Call, state: Any, argnums: Any, batch_argnums: Any) -> None:
     if state is None:
         msg = "`state=` is missing: pass the optimizer's state by keyword, `state=opt_state`."
         raise TypeError(msg)
@@ -374,6 +373,7 @@ def _check_call(call: Call, state: Any, argnums: Any, batch_argnums: Any) -> Non
         )
         raise TypeError(msg)
     _checks.params(call.params)
+    _check_keywords(fun, call, state)
 
 
 def _check_keywords(fun: Callable[..., Any], call: Call, state: Any) -> None:
