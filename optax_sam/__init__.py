@@ -1,6 +1,7 @@
 """Sharpness-aware minimization for JAX and Optax."""
 
 from optax_sam import ascent as ascent
+from optax_sam import equinox as equinox
 from optax_sam import gates as gates
 from optax_sam import landscape as landscape
 from optax_sam import linen as linen
@@ -14,11 +15,17 @@ from optax_sam._loss import Pass as Pass
 from optax_sam._loss import Peers as Peers
 from optax_sam._loss import SAMGradients as SAMGradients
 from optax_sam._state import SAMState as SAMState
+from optax_sam._types import SAMOptions as SAMOptions
+from optax_sam._types import SAMValueAndGrad as SAMValueAndGrad
 from optax_sam._value_and_grad import SAMMetrics as SAMMetrics
 from optax_sam._value_and_grad import sam_value_and_grad as sam_value_and_grad
+from optax_sam._variant import Climb as Climb
+from optax_sam._variant import Evaluate as Evaluate
 from optax_sam._variant import SharpnessAwareTransformation as SharpnessAwareTransformation
+from optax_sam._variant import When as When
 from optax_sam._variant import constructor as constructor
 from optax_sam._variant import sharpness_aware as sharpness_aware
+from optax_sam.ascent import Ascent as Ascent
 from optax_sam.gates import gated as gated
 from optax_sam.variants.ae_sam import ae_sam as ae_sam
 from optax_sam.variants.asam import asam as asam

@@ -7,8 +7,9 @@ here, once for all variants.
 import ast
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from optax_sam import _checks, _tree
 
 AxisName = str | tuple[str, ...]
 
+T = TypeVar("T")
+
 
 def _register(register: Callable[..., Any], kind: Any, **functions: Any) -> Any:
     """Registers a type under its name; under another where this process imports the package once more."""
@@ -30,7 +33,7 @@ def _register(register: Callable[..., Any], kind: Any, **functions: Any) -> Any:
     return kind
 
 
-def serializable(kind: Any) -> Any:
+def serializable(kind: type[T]) -> type[T]:
     """Lets `jax.export` write a named tuple, so that an exported step keeps its state."""
     return _register(export.register_namedtuple_serialization, kind)
 
@@ -51,6 +54,11 @@ class MadeBy:
     name: str = ""
     arguments: tuple[tuple[str, Any], ...] = ()
     precision: str | None = None
+
+    def __repr__(self) -> str:
+        """The call of the constructor, as far as it is known."""
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.arguments)
+        return f"{self.name}({arguments})" if self.name else "an unknown variant"
 
     def __eq__(self, other: object) -> bool:
         """Whether the other is a mark too."""
@@ -79,7 +87,7 @@ class _Pair(NamedTuple):
     clean: optax.Updates
     perturbed: optax.Updates
     statistics: Any = None
-    made_by: MadeBy = MadeBy()
+    made_by: Any = MadeBy()  # To a type checker a pair must pass as `optax.Updates`, a tree of arrays.
 
 
 class _NamesTheDoors(type):
@@ -112,6 +120,15 @@ class SAMGradients(_Pair, metaclass=_NamesTheDoors):
     """
 
     __slots__ = ()
+
+    def __repr__(self) -> str:
+        """What the pair is, and none of its many numbers."""
+        leaves = jax.tree.leaves(self.clean)
+        entries = sum(math.prod(np.shape(x)) for x in leaves)
+        count = f"{len(leaves)} leaves" if len(leaves) != 1 else "1 leaf"
+        return (
+            f"SAMGradients(clean and perturbed: {count} with {entries:,} entries each, by {self.made_by!r})"
+        )
 
 
 class Peers(NamedTuple):

@@ -1,9 +1,11 @@
 """The type of all variants, the function that builds one, and the doors of its `update`."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 import jax
@@ -47,6 +49,7 @@ class SharpnessAwareTransformation(optax.GradientTransformationExtraArgs):
       begins_at_params: Whether its first pass is the gradient at params.
       made_by: The name and the arguments of its constructor, as its pairs of gradients carry them.
       remake: Makes it anew with some of the constructor's arguments replaced, or None.
+      describe: Gives the call of the constructor, for people to read, or None.
     """
 
     evaluate: Evaluate
@@ -57,17 +60,22 @@ class SharpnessAwareTransformation(optax.GradientTransformationExtraArgs):
     rho_name: str
     begins_at_params: bool
     made_by: MadeBy
-    remake: Callable[..., "SharpnessAwareTransformation"] | None
+    remake: Callable[..., SharpnessAwareTransformation] | None
+    describe: Callable[[], str] | None = None
 
-    def __new__(cls, init: Any, update: Any, **attributes: Any) -> "SharpnessAwareTransformation":
+    def __new__(cls, init: Any, update: Any, **attributes: Any) -> SharpnessAwareTransformation:
         """Builds the pair of functions and attaches the rest."""
         self = super().__new__(cls, init, update)
         self.__dict__.update(attributes)
         return self
 
+    def __repr__(self) -> str:
+        """The call of the constructor: `gsam(rho=0.05, alpha=0.4)`."""
+        return self.describe() if self.describe else f"{self.made_by.name}({self.rho_name}={self.rho!r})"
+
     if not TYPE_CHECKING:  # Which takes `_replace` of a named tuple for final.
 
-        def _replace(self, /, **kwargs: Any) -> "SharpnessAwareTransformation":
+        def _replace(self, /, **kwargs: Any) -> SharpnessAwareTransformation:
             """A copy with another `init` or `update`, and the same evaluation rule."""
             return type(self)(**{**self._asdict(), **kwargs}, **self.__dict__)
 
@@ -114,6 +122,7 @@ def constructor(function: Callable[P, T]) -> Callable[P, T]:
 
             constants = tuple((key, x) for key, x in bound.arguments.items() if _is_constant(x))
             variant.made_by, variant.remake = MadeBy(name, constants), remake
+            variant.describe = lambda: f"{name}({', '.join(_shown(signature, bound.arguments))})"
         return variant
 
     return make
@@ -136,6 +145,19 @@ def _is_constant(x: Any) -> bool:
     if isinstance(x, tuple):
         return all(map(_is_constant, cast("tuple[Any, ...]", x))) and type(x) is tuple
     return isinstance(x, bool | int | float | str)
+
+
+def _shown(signature: inspect.Signature, arguments: Mapping[str, Any]) -> Iterator[str]:
+    """Arguments as in a call: numbers always, others where they are not the default."""
+    for name, x in arguments.items():
+        default = signature.parameters[name].default
+        is_number = isinstance(x, int | float) and not isinstance(x, bool)
+        if not is_number and (x is default or (_is_constant(x) and x == default)):
+            continue
+        text = repr(x)
+        if len(text) > 100 or " at 0x" in text:
+            text = f"<{getattr(x, '__name__', type(x).__name__)}>"
+        yield f"{name}={text}"
 
 
 def _refuse_pair_of_another(evaluated: MadeBy, chained: MadeBy) -> None:
@@ -171,7 +193,8 @@ def value_at(value: Any, step: jax.Array) -> Any:
 
 
 def as_arrays(params: Any) -> Any:
-    """Params with arrays in place of plain numbers. Abstract arrays stay as they are."""
+    """Params, checked, with arrays in place of plain numbers. Abstract arrays stay as they are."""
+    _checks.params(params)
     return jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x), params)
 
 
@@ -354,8 +377,7 @@ def _checked_descent(result: Any, memory: Any, like: Any) -> tuple[Any, Any]:
     if jax.tree.structure(new) != jax.tree.structure(memory):
         msg = (
             "The memory that `descent` returns must have the structure of what `init_memory` makes (without "
-            f"one: return `state.memory`), got\n  {jax.tree.structure(new)}\nwhere the state holds\n  "
-            f"{jax.tree.structure(memory)}."
+            f"one: return `state.memory`), got {_checks.difference(new, memory, 'the state holds')}."
         )
         raise ValueError(msg)
     return direction, new
@@ -501,7 +523,6 @@ def sharpness_aware(
 
     def init(params: optax.Params) -> SAMState:
         params = as_arrays(params)
-        _checks.params(params)
         memory = () if init_memory is None else init_memory(params)
         if not is_optimizer:  # Whose base optimizer keeps the dtypes that it likes.
             memory = _tree.upcast_floats(memory)

@@ -6,9 +6,11 @@ too. Norms are global over the leaves, computed in float32 or better; the pertur
 float32 or better. A zero gradient gives a zero perturbation.
 """
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -214,10 +216,10 @@ def _broadcast(mask: Mask, params: optax.Params) -> Any:
     try:
         full = jax.tree.map(lambda m, subtree: jax.tree.map(lambda _: m, subtree), tree, params)
     except (TypeError, ValueError) as error:
+        found = _checks.difference(tree, params, "params have", prefix=True)
         msg = (
             "`mask` must be a pytree of booleans with the structure of params or of their upper levels, or a "
-            f"function of params that returns one, got\n  {jax.tree.structure(tree)}\nwhere params have\n  "
-            f"{jax.tree.structure(params)}."
+            f"function of params that returns one, got {found}."
         )
         raise ValueError(msg) from error
     of_leaves = jax.tree_util.tree_leaves_with_path(full)
@@ -237,7 +239,7 @@ def _broadcast(mask: Mask, params: optax.Params) -> Any:
 def adaptive(
     eta: float = 0.01,
     *,
-    granularity: str = "elementwise",
+    granularity: Literal["elementwise", "leaf", "filter"] = "elementwise",
     mask: Mask = True,
     output_axis: int = -1,
     ord: float = 2.0,
@@ -446,7 +448,9 @@ def centralized(
     return AscentRule(perturb, _length(inner))
 
 
-def masked(mask: Mask, rule: Ascent | None = None, *, norm: str = "selected") -> AscentRule:
+def masked(
+    mask: Mask, rule: Ascent | None = None, *, norm: Literal["selected", "all"] = "selected"
+) -> AscentRule:
     """Perturbs some of the leaves, or some of the entries, only.
 
     Args:

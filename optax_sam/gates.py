@@ -1,5 +1,7 @@
 """Gates: in which steps a variant pays for its second gradient. Between them a step is a plain one."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -66,15 +68,15 @@ class Gate:
         """The call that makes it."""
         return self.name
 
-    def __and__(self, other: "Gate") -> "Gate":
+    def __and__(self, other: Gate) -> Gate:
         """Open where both are."""
         return _combined(self, other, jnp.logical_and, "&")
 
-    def __or__(self, other: "Gate") -> "Gate":
+    def __or__(self, other: Gate) -> Gate:
         """Open where one of them is."""
         return _combined(self, other, jnp.logical_or, "|")
 
-    def __invert__(self) -> "Gate":
+    def __invert__(self) -> Gate:
         """Open where this one is shut."""
 
         def decide(now: Now, memory: Any) -> tuple[jax.Array, Any]:
@@ -391,6 +393,7 @@ def _sign(result: SharpnessAwareTransformation, variant: SharpnessAwareTransform
     """Lets a gated variant know what it is made of, as `constructor` does for others."""
     arguments = (("variant", variant.made_by.name), *variant.made_by.arguments, ("gate", gate.name))
     result.made_by, remake = MadeBy("gated", arguments), variant.remake
+    result.describe = lambda: f"gated({variant!r}, {gate!r})"
     if remake is not None:
         result.remake = lambda **arguments: gated(remake(**arguments), gate)
 

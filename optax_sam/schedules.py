@@ -3,6 +3,8 @@
 Any Optax schedule is a schedule of the radius too.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import optax

@@ -587,7 +587,7 @@ SCHEDULED = [
     pytest.param(row, name, id=f"{row.name}-{name}")
     for row in ROWS
     for name in row.kwargs.keys() - {row.radius}
-    if inspect.signature(row.constructor).parameters[name].annotation
+    if inspect.signature(row.constructor, eval_str=True).parameters[name].annotation
     in (optax.ScalarOrSchedule, optax.ScalarOrSchedule | None)
 ]
 

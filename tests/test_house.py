@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "optax_sam"
 FLOORS = (
     "_checks _tree",
     "ascent schedules _loss",
-    "_state",
+    "_state _types",
     "_variant",
     "gates",
     "variants",

@@ -136,6 +136,7 @@ def test_public_docstrings() -> None:
     for module in (
         optax_sam,
         optax_sam.ascent,
+        optax_sam.equinox,
         optax_sam.landscape,
         optax_sam.linen,
         optax_sam.nnx,

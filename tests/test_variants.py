@@ -27,7 +27,7 @@ def constructors(path: pathlib.Path, *kinds: Any) -> list[str]:
         for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef)
         and node.name[0] != "_"
-        and inspect.signature(getattr(module, node.name)).return_annotation in kinds
+        and inspect.signature(getattr(module, node.name), eval_str=True).return_annotation in kinds
     ]
 
 

@@ -1,5 +1,7 @@
 """AE-SAM: SAM where the gradient is large (Jiang, Yang, Zhang, Kwok, ICLR 2023)."""
 
+from __future__ import annotations
+
 import optax
 
 from optax_sam import ascent as ascents

@@ -1,5 +1,7 @@
 """ASAM: adaptive sharpness-aware minimization (Kwon, Kim, Park, Choi, ICML 2021)."""
 
+from __future__ import annotations
+
 import optax
 
 from optax_sam import _checks

@@ -1,6 +1,8 @@
 """AsyncSAM: the gradient of the previous step gives the perturbation of this one (Jo, Lim, Lee, 2025)."""
 
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
 
 import optax
 
@@ -25,7 +27,10 @@ class AsyncSAMMemory(NamedTuple):
 
 @constructor
 def async_sam(
-    rho: optax.ScalarOrSchedule = 0.05, *, reuse: str = "clean", ascent: ascents.Ascent | None = None
+    rho: optax.ScalarOrSchedule = 0.05,
+    *,
+    reuse: Literal["clean", "perturbed"] = "clean",
+    ascent: ascents.Ascent | None = None,
 ) -> SharpnessAwareTransformation:
     r"""SAM that climbs along the gradient of the step before.
 

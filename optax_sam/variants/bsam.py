@@ -1,5 +1,7 @@
 """bSAM: SAM as an optimal relaxation of Bayes (Möllenhoff and Khan, ICLR 2023)."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

@@ -1,5 +1,7 @@
 """Extragradient and its relatives: a look ahead along the descent direction."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

@@ -1,5 +1,7 @@
 """F-SAM: friendly sharpness-aware minimization (Li, Zhou, He, Cheng, Huang, CVPR 2024)."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

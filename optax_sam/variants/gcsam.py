@@ -1,5 +1,7 @@
 """GCSAM: gradient-centralized sharpness-aware minimization (Hassan, Vakanski, Zhang, Xian, 2025)."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import optax

@@ -1,5 +1,7 @@
 """The first-order model of SAM: a Hessian-vector product instead of a second gradient."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import optax

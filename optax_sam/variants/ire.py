@@ -1,5 +1,7 @@
 """IRE: implicit regularization enhancement (Wang et al., NeurIPS 2024)."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple

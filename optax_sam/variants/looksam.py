@@ -1,5 +1,7 @@
 """LookSAM: sharpness-aware minimization every k-th step (Liu, Mai, Chen, Hsieh, You, CVPR 2022)."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

@@ -1,6 +1,8 @@
 """Momentum-SAM: the optimizer's momentum gives the perturbation (Becker, Altrock, Risse, 2024)."""
 
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +69,7 @@ def msam(
     base_optimizer: optax.GradientTransformation,
     rho: optax.ScalarOrSchedule = 0.3,
     *,
-    along: str = "momentum",
+    along: Literal["momentum", "update"] = "momentum",
     ascent: ascents.Ascent | None = None,
 ) -> SharpnessAwareTransformation:
     r"""SAM in one gradient a step: the perturbation follows the momentum. A whole optimizer.
@@ -225,7 +227,6 @@ def shifted_msam(
 
     def init(params: optax.Params) -> ShiftedMSAMState:
         params = as_arrays(params)
-        _checks.params(params)
         state = base.init(params)
         _momentum(state, params)  # Said now rather than at the first step.
         return ShiftedMSAMState(

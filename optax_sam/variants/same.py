@@ -1,5 +1,7 @@
 """SAME and SANER: gains on the coordinates that SAM amplifies, shrinks or flips (Luong et al., 2024)."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -1,5 +1,7 @@
 """VaSSO: variance-suppressed sharpness-aware optimization (Li, Giannakis, NeurIPS 2023)."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp

@@ -1,6 +1,8 @@
 """RWP and m-RWP: random weight perturbation in place of an ascent (Li et al., 2022 and 2024)."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import Any, Literal
 
 import jax
 import optax
@@ -19,7 +21,7 @@ def weight_noise(
     scale: optax.ScalarOrSchedule = 0.01,
     *,
     mix: float = 1.0,
-    per: str = "filter",
+    per: Literal["filter", "leaf", "weight"] = "filter",
     output_axis: int = -1,
     key: int | jax.Array = 0,
 ) -> SharpnessAwareTransformation:

@@ -1,5 +1,7 @@
 """WSAM: weighted sharpness-aware minimization (Yue et al., KDD 2023)."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax
