@@ -249,10 +249,9 @@ METHODS = {
     "first half": Method(_variant(optax_sam.sam, lambda steps: _window(0, steps // 2)), 1.5, {}),
     "last third": Method(_variant(optax_sam.sam, lambda steps: _window(2 * steps // 3)), 4 / 3, {}),
     "ae_sam": Method(_variant(optax_sam.ae_sam), None, {}),
-    "looksam, k = 5": Method(_variant(lambda rho: optax_sam.looksam(rho, 5)), 1.2, _each(5)),
-    "looksam, k = 10": Method(_variant(lambda rho: optax_sam.looksam(rho, 10)), 1.1, _each(10)),
+    "looksam, k = 5": Method(_variant(lambda rho: optax_sam.looksam(rho, 5, 0.5)), 1.2, _each(5)),
     "every 2nd of looksam, k = 5": Method(
-        _variant(lambda rho: optax_sam.looksam(rho, 5), _every(2)), 1.1, {0: 0.1, 1: 0.5, 2: 0.4}
+        _variant(lambda rho: optax_sam.looksam(rho, 5, 0.5), _every(2)), 1.1, {0: 0.1, 1: 0.5, 2: 0.4}
     ),
     "ascent on 1/5": Method(_variant(optax_sam.sam), 1.2, {1: 1.0}, {"ascent_examples": 0.2}),
     "weight_noise": Method(_variant(lambda scale: optax_sam.weight_noise(scale)), 1.0),
