@@ -36,7 +36,7 @@ FIRST_SEED, TUNING_SEEDS = 100, 2
 
 # One scale of radii for all: SAM's own, and longer ones for those that climb seldom or on few examples.
 SHORT = (0.1, 0.2, 0.4, 0.7, 1.0)
-LONG = (0.5, 1.0, 2.0, 4.0, 8.0)
+LONG = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 RADII = {
     "sam": SHORT,
     "first half": SHORT,

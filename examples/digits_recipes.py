@@ -159,6 +159,8 @@ RECIPES = {
     "decoupled_wsam": Recipe(_decoupled_wsam, 0.7),
     "bsam": Recipe(_bsam, 0.5),
     "looksam": Recipe(_before_base(lambda rho: optax_sam.looksam(rho, k=5, alpha=0.7)), 0.5, gradients=1.2),
+    "ae_sam": Recipe(_before_base(optax_sam.ae_sam), 0.7, gradients=1.5),
+    "weight_noise": Recipe(_before_base(optax_sam.weight_noise), 0.04, gradients=1, radius="scale"),
     "friendly_sam": Recipe(_before_base(optax_sam.friendly_sam), 0.85),
     "vasso": Recipe(_before_base(optax_sam.vasso), 0.85),
     "async_sam": Recipe(_before_base(optax_sam.async_sam), 4.0),

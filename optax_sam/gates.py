@@ -327,6 +327,10 @@ def gated(variant: SharpnessAwareTransformation, gate: Gate) -> SharpnessAwareTr
       ...     params = optax.apply_updates(params, updates)
       ['0.995', '0.010']
       ['0.000', '0.000']
+
+    References:
+      Those of the gates: Composer's `interval` (`gates.every`), Zhou et al. 2025 (`gates.window`), SS-SAM and
+      RST (`gates.randomly`), AE-SAM (`gates.large_gradient`).
     """
     _check_gated(variant, gate)
 

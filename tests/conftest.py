@@ -21,13 +21,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--full", action="store_true", help="all tests, of all rows of the table, with all generated cases"
     )
+    group.addoption(
+        "--rest", action="store_true", help="what --full asks beyond a run without options, which was made"
+    )
     group.addoption("--as-users", action="store_true", help="compile as users do, and not in a hurry")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """What must stand before JAX starts; workers get it from the process that starts them."""
-    tiers.FULL = config.option.full
+    tiers.FULL = config.option.full or config.option.rest
     if config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
     if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -51,6 +54,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     chosen = (
         "everything, of every row of the table"
         if config.option.full
+        else "what --full asks beyond a run without options"
+        if config.option.rest
         else "every question, of the rows of the table that show every capability; --full asks everything"
     )
     how = "as users do" if config.option.as_users else "quickly; --as-users as users do"
@@ -62,7 +67,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what waits for `--full`, unless it is asked for by its name."""
+    """Leaves out what waits for `--full`, or with `--rest` all else, unless it is asked for by its name."""
     if config.option.full or any("::" in argument for argument in config.args):
         return
     rows: dict[Any, dict[str, Any]] = collections.defaultdict(dict)
@@ -73,8 +78,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept, left = [], []
     for item in items:
         row = _row(item)
-        waits = row is not None and row.name not in chosen[_function(item)]
-        (left if waits or item.get_closest_marker("full") else kept).append(item)
+        is_other_row = row is not None and row.name not in chosen[_function(item)]
+        waits = is_other_row or item.get_closest_marker("full")
+        runs = waits or item.get_closest_marker("by_tier") if config.option.rest else not waits
+        (kept if runs else left).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left)
 

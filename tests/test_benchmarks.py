@@ -1,7 +1,6 @@
 """The benchmarks run in their shortest form and count what they say; how long things take is not tested."""
 
 import math
-import types
 from pathlib import Path
 
 import by_hand
@@ -19,7 +18,7 @@ import tiers
 import timing
 
 PROGRAMS = {
-    cheap_sam: ["--methods", "sam"],
+    cheap_sam: ["--methods", "plain", "sam", "every 5th step", "--tasks", "digits"],
     peers: [],
     scaling: ["--variants", "sam"],
     step_cost: ["--networks", "mlp", "--variants", "sam"],
@@ -71,7 +70,7 @@ def test_help_and_bad_output(program, capsys):
     [
         (cheap_sam, ["--seeds", "0"], "argument --seeds: must be an integer >= 1, got '0'"),
         (cheap_sam, ["--epochs", "x"], "argument --epochs: must be an integer >= 1, got 'x'"),
-        (cheap_sam, ["--methods", "msam"], "argument --methods: must hold sam, with which the others"),
+        (cheap_sam, ["--methods", "msam"], "argument --methods: must hold plain and sam, with which"),
         (peers, ["--batch-size", "16", "0"], "argument --batch-size: must be an integer >= 1, got '0'"),
         (scaling, ["--sizes", "-5"], "argument --sizes: must be an integer >= 10, got '-5'"),
         (scaling, ["--leaves", "0"], "argument --leaves: must be an integer >= 1, got '0'"),
@@ -101,7 +100,7 @@ def test_bad_options(program, options, message, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("program", "names"),
     [
-        (cheap_sam, "some of sam, 'sam, bfloat16 ascent', "),
+        (cheap_sam, "some of plain, sam, 'every 5th step', "),
         (scaling, "some of sam, asam, "),
         (step_cost, "some of sam, asam, "),
     ],
@@ -112,14 +111,26 @@ def test_help_lists_the_names(program, names, capsys):
     assert names in " ".join(capsys.readouterr().out.split())
 
 
-def test_cheap_sam_shows_the_deviation_of_a_sample():
-    names = {"sgd": [0.70, 0.72, 0.74], "sam": [0.90, 0.91, 0.95]}
-    curves = {name: types.SimpleNamespace(test=np.array(final)[:, None]) for name, final in names.items()}
-    times = dict.fromkeys(names, timing.spread([1.0]))
-    report = cheap_sam.summarize(curves, times, times)
-    assert report["sgd"]["final"]["sd"] == pytest.approx(2.0)
-    assert " 72.0 ± 2.0 |" in cheap_sam.table(report)
-    assert " 92.0 ± 2.6 |" in cheap_sam.table(report)
+def test_the_share_of_a_gain_and_its_error():
+    """By hand: the gains are (20, 19, 21) for SAM and (10, 10, 10) for the other."""
+    scores = {"plain": [70.0, 72.0, 74.0], "sam": [90.0, 91.0, 95.0], "other": [80.0, 82.0, 84.0]}
+    scores = {name: np.array(values) for name, values in scores.items()}
+    assert cheap_sam.share_of_gain(scores, "sam") == (100.0, 0.0)
+    share, error = cheap_sam.share_of_gain(scores, "other")
+    assert share == pytest.approx(50.0)
+    # The residuals 10 - (20, 19, 21) / 2 deviate by 0.5.
+    assert error == pytest.approx(100 * 0.5 / math.sqrt(3) / 20)
+    radii = {"plain": 0.0, "sam": 0.5, "other": 2.0}
+    names = {"plain": "plain", "sam": "sam", "every 5th step": "other"}
+    report = cheap_sam.summarize(
+        {name: scores[of] for name, of in names.items()},
+        {"plain": timing.spread([1.0])},
+        {name: radii[of] for name, of in names.items()},
+    )
+    table = cheap_sam.table(report, "%")
+    assert " 72.0 ± 2.0 |" in table
+    assert " 92.0 ± 2.6 |" in table
+    assert "every 5th step keeps 50 ± 1 % of SAM's gain" in cheap_sam.meaning({"task": report})
 
 
 def test_growth_between_equal_sizes_is_not_a_number():

@@ -20,6 +20,8 @@ import tiers
 
 import optax_sam
 
+pytestmark = pytest.mark.by_tier
+
 
 def trained(row: table.Row) -> Any:
     """An optimizer, params and its state after two steps."""

@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 import optax_sam
 from optax_sam import ascent
 
+pytestmark = pytest.mark.by_tier
+
 every_variant = pytest.mark.parametrize("row", table.VARIANTS, ids=lambda row: row.name)
 AT_ZERO = [row for row in table.ROWS if row.base_at_zero and not row.whole_optimizer]
 

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 import optax_sam
 from optax_sam import _tree, ascent
 
+pytestmark = pytest.mark.by_tier
+
 every_row = pytest.mark.parametrize("row", table.ROWS, ids=lambda row: row.name)
 
 # Generated cases, 2,200 in all with `--full`. The report shows their seed, and at its end their number.
