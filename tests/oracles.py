@@ -13,6 +13,7 @@ import numpy as np
 SHAPES = {"bias": (4,), "kernel": (3, 4), "scale": ()}
 LEAVES = (slice(0, 4), slice(4, 16), slice(16, 17))
 SIZE = 17
+SCALES = np.concatenate([np.full(4, 1.5), np.full(12, 2.5), [0.5]])  # A multiplier for each leaf.
 
 
 def first_params() -> np.ndarray:
@@ -87,6 +88,51 @@ def asam(grad: Any, w: Any, t: int, memory: Any, *, rho: float, eta: float) -> A
     size = np.abs(w) + eta
     g = grad(w)
     return grad(w + rho * size**2 * g / np.linalg.norm(size * g)), memory
+
+
+def matrices(v: np.ndarray, change: Any, otherwise: Any = unit) -> np.ndarray:
+    """A change of the kernel, and another of what is no matrix."""
+    return np.concatenate([otherwise(v[:4]), change(v[4:16].reshape(3, 4)).ravel(), otherwise(v[16:])])
+
+
+def awp(g: np.ndarray, w: np.ndarray, *, rho: float, bound: float) -> np.ndarray:
+    """Adversarial weight perturbation as used on Kaggle: as long as each leaf, and then clipped."""
+    parts = [rho * (np.linalg.norm(w[i]) + 1e-6) * g[i] / (np.linalg.norm(g[i]) + 1e-6) for i in LEAVES]
+    return np.clip(np.concatenate(parts), -bound * np.abs(w), bound * np.abs(w))
+
+
+def singular(count: int | None) -> Any:
+    """The product of the first so many pairs of singular vectors."""
+
+    def change(kernel: np.ndarray) -> np.ndarray:
+        left, _, right = np.linalg.svd(kernel, full_matrices=False)
+        return left[:, :count] @ right[:count]
+
+    return change
+
+
+def zscore(kernel: np.ndarray, q: float) -> np.ndarray:
+    """Yun: what stands out by its z-score; torch divides by n - 1 in the standard deviation."""
+    z = np.abs((kernel - kernel.mean()) / (kernel.std(ddof=1) + 1e-12))
+    return kernel * (z > np.quantile(z, q))
+
+
+def filtered(g: np.ndarray, *, q: float, per_leaf: bool) -> np.ndarray:
+    """One norm over what is kept (the paper), or the kernel's own and otherwise that of all (the code)."""
+    if not per_leaf:
+        return unit(matrices(g, lambda kernel: zscore(kernel, q), lambda v: v))
+    return matrices(g, lambda kernel: unit(zscore(kernel, q)), lambda v: v / np.linalg.norm(g))
+
+
+def perturbed(grad: Any, w: Any, t: int, memory: Any, *, rule: Any) -> Any:
+    """SAM with a perturbation that depends on the weights."""
+    del t
+    return grad(w + rule(grad(w), w)), memory
+
+
+def random_mask(grad: Any, w: Any, t: int, memory: Any, *, draws: Any, rho: float, keep: float) -> Any:
+    """Du et al., stochastic weight perturbation: entries drawn in every step, divided by their chance."""
+    return grad(w + rho / keep * (draws[t] < keep) * unit(grad(w))), memory
 
 
 def gcsam(grad: Any, w: Any, t: int, memory: Any, *, rho: float, descent: bool) -> Any:
@@ -239,6 +285,17 @@ ORACLES: dict[str, Callable[..., Any]] = {
     "sam_split": functools.partial(several_steps, rho=0.1, n=2, stride=0.05, ball=False),
     "sam_free": functools.partial(several_steps, rho=0.1, n=2, stride=0.1, ball=False),
     "usam": functools.partial(sam, rho=0.01, direction=lambda g: g),
+    "sam_awp": functools.partial(perturbed, rule=functools.partial(awp, rho=0.1, bound=0.05)),
+    "sam_spectral": functools.partial(sam, rho=0.1, direction=lambda g: matrices(g, singular(None))),
+    "sam_nuclear": functools.partial(sam, rho=0.1, direction=lambda g: matrices(g, singular(1))),
+    "sam_zscore": functools.partial(
+        sam, rho=0.1, direction=functools.partial(filtered, q=0.5, per_leaf=False)
+    ),
+    "sam_zscore_per_leaf": functools.partial(
+        sam, rho=0.1, direction=functools.partial(filtered, q=0.5, per_leaf=True)
+    ),
+    "sam_scaled": functools.partial(sam, rho=0.1, direction=lambda g: SCALES * unit(SCALES * g)),
+    "sam_random_mask": functools.partial(random_mask, rho=0.1, keep=0.6),
     "asam": functools.partial(asam, rho=0.5, eta=0.01),
     "gcsam": functools.partial(gcsam, rho=0.1, descent=True),
     "gcsam_ascent_only": functools.partial(gcsam, rho=0.1, descent=False),

@@ -172,6 +172,37 @@ CONSTRUCTORS: list[tuple[Any, type[Exception], str]] = [
         "`step_mode='pgd'` projects to a ball",
     ),
     (lambda: optax_sam.ascent.extrapolated(-1.0), ValueError, "`step_size`"),
+    (lambda: optax_sam.ascent.layerwise(eta=-1.0), ValueError, "`eta`"),
+    (
+        lambda: optax_sam.ascent.bounded(None, 0.0),
+        ValueError,
+        r"`fraction` must be a number in the range \(0.0, inf\), got 0.0",
+    ),
+    (lambda: optax_sam.ascent.matrix("frobenius"), ValueError, "`norm` must be one of 'spectral', 'nuclear'"),
+    (lambda: optax_sam.ascent.matrix("nuclear", iterations=0), ValueError, "`iterations`"),
+    (
+        lambda: optax_sam.ascent.random_mask(0.0),
+        ValueError,
+        r"`keep` must be a number in the range \(0.0, 1.0\], got 0.0",
+    ),
+    (lambda: optax_sam.ascent.random_mask(0.5, "seed"), TypeError, "`key` must be a random key"),
+    (lambda: optax_sam.ascent.zscore(1.0), ValueError, r"`quantile` must be .* \[0.0, 1.0\), got 1.0"),
+    (
+        lambda: optax_sam.ascent.scaled({"layer": -1.0, "scale": 1.0}),
+        ValueError,
+        r"`multipliers` must be a number in the range \[0.0, inf\), got -1.0",
+    ),
+    (lambda: optax_sam.ascent.scaled("2"), TypeError, "`multipliers` must be a number, got '2'"),
+    (
+        lambda: optax_sam.ascent.scaled({"layers": 2.0})(PARAMS, 0.1, PARAMS),
+        ValueError,
+        "`multipliers` must be a pytree of numbers with the structure of params",
+    ),
+    (
+        lambda: optax_sam.ascent.scaled(lambda params: params)(PARAMS, 0.1, {"w": -1}),
+        ValueError,
+        "`multipliers` must be a number in the range",
+    ),
     (
         lambda: optax_sam.schedules.rho_from_learning_rate(0.1, 0.5, lr_max=1.0),  # pyright: ignore
         TypeError,

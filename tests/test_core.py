@@ -1,6 +1,7 @@
 """What the core promises to every variant: zero means zero, one state, three doors, a mark on the pair."""
 
 import functools
+import inspect
 from typing import Any
 
 import chex
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import optax_sam
 from optax_sam import ascent
+from optax_sam._loss import Loss, Pass, Peers
 
 every_variant = pytest.mark.parametrize("row", table.VARIANTS, ids=lambda row: row.name)
 AT_ZERO = [row for row in table.ROWS if row.base_at_zero and not row.whole_optimizer]
@@ -226,6 +228,36 @@ def test_injected_steps_are_refused() -> None:
     with pytest.raises(TypeError, match=r'`steps` decides what is evaluated.*static_args=\("steps",\)'):
         tx.init(table.params())
     optax.inject_hyperparams(optax_sam.sam)(rho=0.1).init(table.params())
+
+
+TAKE_RULES = [
+    row
+    for row in table.VARIANTS
+    # Whose file is under another's hands.
+    if "ascent" in inspect.signature(row.constructor).parameters and row.name != "msam"
+]
+
+
+@pytest.mark.parametrize("row", TAKE_RULES, ids=lambda row: row.name)
+def test_a_random_rule_draws_anew_in_every_step(row: table.Row) -> None:
+    """Also inside another rule, and always the same in the same step."""
+    masks = optax_sam.ascent.masked(True, optax_sam.ascent.absolute(optax_sam.ascent.random_mask(0.5)))
+    variant, params = row.make(ascent=masks), jnp.linspace(1.0, 2.0, 50)
+    points: list[Any] = []
+
+    def pass_at(w: Any, _: Any) -> Pass:
+        points.append(w)
+        return Pass(jnp.zeros(()), w)
+
+    _, state = variant.update(optax_sam.SAMGradients(params, params), variant.init(params), params)
+    seen = []
+    for step in (0, 4, 4):  # At which LookSAM too takes the second gradient.
+        variant.evaluate(Loss(params, pass_at, pass_at, Peers()), state._replace(step=jnp.asarray(step)))
+        moved = points[-1] != params
+        assert 10 < np.sum(moved) < 40
+        seen.append(moved)
+    assert np.any(seen[0] != seen[1])
+    np.testing.assert_array_equal(seen[1], seen[2])
 
 
 # The third door: `grad_fn=`.

@@ -77,8 +77,15 @@ def walk(variant, problem="table", *, tx=None, base=None, **options):
     return lambda params, batches: jax.lax.scan(step, (params, tx.init(params)), batches)[1]
 
 
+def leaf_by_leaf(gradient, rho, params):
+    """A ball for each leaf."""
+    del params
+    return jax.tree.map(lambda g: rho * g / jnp.linalg.norm(g), gradient)
+
+
 # The other sides of the identities below.
 REFERENCES = {
+    "leafwise": optax_sam.sam(RHO, ascent=leaf_by_leaf),
     "base": None,
     "sam": optax_sam.sam(RHO),
     "usam": optax_sam.sam(0.01, ascent=ascent.unnormalized()),
@@ -113,6 +120,14 @@ TWINS = dict(
         twin("masked_all", optax_sam.sam(RHO, ascent=ascent.masked(True))),
         twin("masked_all_norm_all", optax_sam.sam(RHO, ascent=ascent.masked(True, norm="all"))),
         twin("fisher", optax_sam.sam(RHO, ascent=ascent.fisher(0.0))),
+        twin("bounded_far_away", optax_sam.sam(RHO, ascent=ascent.bounded(None, 1e9))),
+        twin("scaled_alike", optax_sam.sam(RHO / 3, ascent=ascent.scaled(3.0))),
+        twin("random_mask_keeps_all", optax_sam.sam(RHO, ascent=ascent.random_mask(1.0))),
+        *(
+            twin(f"matrix_{norm}", optax_sam.sam(RHO, ascent=ascent.matrix(norm)), "leafwise", "vectors")
+            for norm in ("spectral", "nuclear")
+        ),
+        twin("zscore", optax_sam.sam(RHO, ascent=ascent.zscore(0.5)), problem="vectors"),
         twin("extrapolated", optax_sam.sam(RHO, ascent=ascent.extrapolated(0.0))),
         twin("gcsam", optax_sam.gcsam(RHO), problem="vectors"),
         twin("gcsam_ascent_only", optax_sam.gcsam(RHO, centralize_descent=False), problem="vectors"),

@@ -185,6 +185,52 @@ def test_e2_masks_and_coarser_scales():
     close(by_filter(one_leaf[0][None], 0.5, one_leaf[2][None])[0], (0.999980469322, -0.00156246948332))
 
 
+def test_adversarial_weight_perturbation():
+    """In the form of Kaggle: one leaf, a small and a large radius."""
+    for rho, fraction, e, u in (
+        (0.1, 0.05, (0.05, 0.0140719594448), (10.5, 1.01407195944)),
+        (1.0, 0.01, (0.01, 0.01), (10.1, 1.01)),
+    ):
+        rule = ascent.bounded(ascent.layerwise(1e-6, 1e-6), fraction)
+        close(rule(jnp.array(G0), rho, jnp.array(W0)), e)
+        close(direction(optax_sam.sam(rho, ascent=rule), jnp.array(W0))[1], u)
+
+
+KERNEL = {
+    "Frobenius": (ascent.normalized(), (0.0953462589, 0.0095346259, 0.0, -0.0286038777)),
+    "spectral": (ascent.matrix("spectral"), (0.0997054486, 0.0076696499, 0.0076696499, -0.0997054486)),
+    "nuclear": (ascent.matrix("nuclear"), (0.0993501990, 0.0109058928, -0.0032362429, -0.0003552496)),
+    "z-score": (ascent.zscore(0.5), (0.0957826285, 0.0, 0.0, -0.0287347886)),
+}
+
+
+@pytest.mark.parametrize("case", KERNEL)
+def test_rules_of_a_matrix(case):
+    """As a matrix, and as a leaf of three axes; ten decimals are known."""
+    rule, expected = KERNEL[case]
+    for shape in ((2, 2), (2, 1, 2)):
+        gradient = jnp.array([10.0, 1.0, 0.0, -3.0]).reshape(shape)
+        e = rule(gradient, 0.1, gradient)
+        assert e.shape == shape
+        np.testing.assert_allclose(e.ravel(), expected, rtol=0, atol=1e-10)
+
+
+def test_z_scores_leaf_by_leaf():
+    """The kernel has a ball of its own; what is no matrix moves as in SAM."""
+    gradient = {"kernel": jnp.array([[10.0, 1.0], [0.0, -3.0]]), "bias": jnp.array([5.0, 3.0])}
+    e = ascent.zscore(0.5, per_leaf=True)(gradient, 0.1, gradient)
+    np.testing.assert_allclose(e["kernel"].ravel(), KERNEL["z-score"][1], rtol=0, atol=1e-10)
+    close(e["bias"], 0.1 * np.array([5.0, 3.0]) / 12.0)
+    together = ascent.zscore(0.5)(gradient, 0.1, gradient)
+    close(together["bias"], 0.1 * np.array([5.0, 3.0]) / np.sqrt(109 + 34))
+
+
+def test_multipliers(store):
+    """The gradient (10, 1) is (10, 3) in units of the multipliers (1, 3)."""
+    e = flat(ascent.scaled(store((1.0, 3.0)))(store(G0), 0.1, store(W0)))
+    close(e, 0.1 * np.array([10.0, 9.0]) / np.sqrt(109))
+
+
 E3_WEIGHT = np.array([[1.0, 2.0, 6.0], [-1.0, 0.5, 2.0]])  # Rows are outputs.
 E3_BIAS = np.array([0.5, -1.5])
 E3 = {
