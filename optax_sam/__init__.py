@@ -25,10 +25,12 @@ from optax_sam.variants.bsam import bsam_sample as bsam_sample
 from optax_sam.variants.extragradient import extragradient as extragradient
 from optax_sam.variants.friendly_sam import friendly_sam as friendly_sam
 from optax_sam.variants.gcsam import gcsam as gcsam
+from optax_sam.variants.gnp import gnp as gnp
 from optax_sam.variants.gsam import gsam as gsam
 from optax_sam.variants.hessian_sam import hessian_sam as hessian_sam
 from optax_sam.variants.ire import ire as ire
 from optax_sam.variants.ire import sampled_label_gradient as sampled_label_gradient
+from optax_sam.variants.le_sam import le_sam as le_sam
 from optax_sam.variants.looksam import looksam as looksam
 from optax_sam.variants.msam import msam as msam
 from optax_sam.variants.msam import msam_eval_params as msam_eval_params
@@ -37,8 +39,11 @@ from optax_sam.variants.sam import sam as sam
 from optax_sam.variants.same import custom_same as custom_same
 from optax_sam.variants.same import same as same
 from optax_sam.variants.same import saner as saner
+from optax_sam.variants.stable_sam import stable_sam as stable_sam
+from optax_sam.variants.unified_sam import unified_sam as unified_sam
 from optax_sam.variants.vasso import vasso as vasso
 from optax_sam.variants.wsam import decoupled_wsam as decoupled_wsam
 from optax_sam.variants.wsam import wsam as wsam
+from optax_sam.variants.xsam import xsam as xsam
 
 __version__ = "0.1.0"

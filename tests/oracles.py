@@ -176,6 +176,37 @@ def decoupled_wsam(
     return -rate * velocity - rate * gamma / (1 - gamma) * (g_p - g), velocity
 
 
+def gnp(grad: Any, w: Any, t: int, memory: Any, *, rho: float, alpha: float, normalize: bool) -> Any:
+    """Zhao et al., equation for the approximated gradient; their code divides the clean one by its norm."""
+    del t
+    g = grad(w)
+    return (1 - alpha) * (unit(g) if normalize else g) + alpha * grad(w + rho * unit(g)), memory
+
+
+def le_sam(grad: Any, w: Any, t: int, memory: Any, *, rise: float, rho_max: float) -> Any:
+    """Wang, Liu et al.: a fixed rise of the linear model of the loss, within a largest radius."""
+    del t
+    g = grad(w)
+    return grad(w + min(rise / np.linalg.norm(g), rho_max) * unit(g)), memory
+
+
+def stable_sam(grad: Any, w: Any, t: int, memory: Any, *, rho: float) -> Any:
+    """Tan et al.: the direction of the perturbed gradient, the length of the clean one."""
+    del t
+    g = grad(w)
+    return np.linalg.norm(g) * unit(grad(w + rho * unit(g))), memory
+
+
+def xsam(grad: Any, w: Any, t: int, memory: Any, *, rho: float, alpha: float) -> Any:
+    """Chen and Zhou: spherical interpolation, in the length of the perturbed gradient."""
+    del t
+    g = grad(w)
+    g_p = grad(w + rho * unit(g))
+    angle = np.arccos(unit(g) @ unit(g_p))
+    arc = np.sin((1 - alpha) * angle) * unit(g) + np.sin(alpha * angle) * unit(g_p)
+    return np.linalg.norm(g_p) * arc / np.sin(angle), memory
+
+
 def sagm(grad: Any, w: Any, t: int, memory: Any, *, rho: float, alpha: float) -> Any:
     """Wang et al.: SAM from an extrapolated point, the mean of both gradients."""
     del t
@@ -302,6 +333,12 @@ ORACLES: dict[str, Callable[..., Any]] = {
     "gsam": functools.partial(gsam, rho=0.1, alpha=0.4),
     "gsam_clean": functools.partial(gsam_clean, rho=0.1, alpha=0.4),
     "wsam": functools.partial(wsam, rho=0.1, gamma=0.8),
+    "gnp": functools.partial(gnp, rho=0.1, alpha=0.7, normalize=False),
+    "gnp_normalized": functools.partial(gnp, rho=0.1, alpha=0.7, normalize=True),
+    "unified_sam": functools.partial(sam, rho=0.02, direction=lambda g: 0.3 * g + 0.7 * unit(g)),
+    "le_sam": functools.partial(le_sam, rise=0.1, rho_max=0.15),
+    "stable_sam": functools.partial(stable_sam, rho=0.1),
+    "xsam": functools.partial(xsam, rho=0.1, alpha=1.5),
     "sagm": functools.partial(sagm, rho=0.05, alpha=0.001),
     "decoupled_wsam": functools.partial(decoupled_wsam, rho=0.1, gamma=0.6, rate=0.01, momentum=0.9),
     "bsam": functools.partial(bsam, rho=0.05, rate=0.1, n=100),

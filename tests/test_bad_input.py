@@ -171,6 +171,15 @@ CONSTRUCTORS: list[tuple[Any, type[Exception], str]] = [
         ValueError,
         "`step_mode='pgd'` projects to a ball",
     ),
+    (
+        lambda: optax_sam.gnp(alpha=1.5),
+        ValueError,
+        r"`alpha` must be a number in the range \[0.0, 1.0\], got 1.5",
+    ),
+    (lambda: optax_sam.unified_sam(mix=-0.5), ValueError, r"`mix` must be .* \[0.0, 1.0\], got -0.5"),
+    (lambda: optax_sam.le_sam(-1.0), ValueError, "`loss_rise` must be a number"),
+    (lambda: optax_sam.le_sam(rho_max=0.0), ValueError, "`rho_max` must be a number"),
+    (lambda: optax_sam.xsam(alpha=-0.1), ValueError, "`alpha`"),
     (lambda: optax_sam.ascent.extrapolated(-1.0), ValueError, "`step_size`"),
     (lambda: optax_sam.ascent.layerwise(eta=-1.0), ValueError, "`eta`"),
     (

@@ -309,7 +309,16 @@ DIRECTIONS = {
         W0,
         (10.1987592976, 1.00198759298),
     ),
-    "E12, GNP": (optax_sam.wsam(0.1, alpha=0.8), W0, (10.7960297522, 1.00796029752)),
+    "E12, WSAM": (optax_sam.wsam(0.1, alpha=0.8), W0, (10.7960297522, 1.00796029752)),
+    "E12": (optax_sam.gnp(), W0, (10.7960297522, 1.00796029752)),
+    "E12, of the code": (optax_sam.gnp(normalize_clean=True), W0, (8.99503719021, 0.827861041326)),
+    "E26": (optax_sam.stable_sam(0.1), W0, (10.0077448218, 0.919262520881)),
+    "LE-SAM": (optax_sam.le_sam(0.5, 2.0), W0, (10.4950495050, 1.00495049505)),
+    "LE-SAM, the largest radius": (optax_sam.le_sam(10.0, 0.1), W0, (10.9950371902, 1.00995037190)),
+    "Unified SAM": (optax_sam.unified_sam(0.1, 0.5), W0, (15.4975185951, 1.05497518595)),
+    "XSAM, 0": (optax_sam.xsam(0.1, 0.0), W0, (10.9865283198, 1.09865283198)),
+    "XSAM, 0.5": (optax_sam.xsam(0.1, 0.5), W0, (10.9908722402, 1.05431018589)),
+    "XSAM, 2": (optax_sam.xsam(0.1, 2.0), W0, (11.0028299111, 0.921182129825)),
     "E21": (optax_sam.sam(0.1, ascent=ascent.fisher()), W0, (10.0811093765, 1.04096023515)),
 }
 
@@ -427,6 +436,15 @@ def walks(store):
 def test_walks(case, store):
     for t, w in WALKS[case][-1].items():
         close(walks(store)[case][t], w)
+
+
+def test_unified_sam_moves_from_one_form_to_the_other(store):
+    """In step 3, counted from one, of the schedule of the authors."""
+    variant = optax_sam.unified_sam(0.1, lambda step: 1 - 1 / (step + 1))
+    state = variant.init(store(W0))._replace(step=jnp.asarray(2))
+    _, grads = optax_sam.sam_value_and_grad(loss, variant)(store(W0), L1, state=state)
+    e = np.array([0.399669146014, 0.0399669146014])
+    close(flat(grads.perturbed), np.array([10.0, 1.0]) * (1 + e))
 
 
 def test_e1_losses(store):

@@ -134,7 +134,8 @@ def zscore(quantile: float = 0.95, rule: Ascent | None = None, *, per_leaf: bool
         leaf, which is slow for large ones on a CPU.
       rule: The rule that receives what is kept; None for `normalized()`.
       per_leaf: False: one norm over all that is kept, as in the paper. True: every filtered leaf has a ball
-        of its own, and the other leaves move as without the filter, as in the authors' code.
+        of its own, and leaves of which nothing is kept, or that have no filter, move as without it, as in
+        the authors' code.
 
     Returns:
       The rule.
@@ -151,7 +152,7 @@ def zscore(quantile: float = 0.95, rule: Ascent | None = None, *, per_leaf: bool
 
     References:
       Yun, `Sharpness-Aware Minimization with Z-Score Gradient Filtering <https://arxiv.org/abs/2505.02369>`_,
-      2025, after a summary of the paper and of its code.
+      NeurIPS-OPT 2025, after a summary of the paper, and the authors' code for `per_leaf`.
     """
     _checks.number("quantile", quantile, low=0.0, high=1.0, below=True)
     inner = resolve(rule, "rule")
@@ -172,7 +173,9 @@ def zscore(quantile: float = 0.95, rule: Ascent | None = None, *, per_leaf: bool
         whole = inner(gradient, rho, params)
 
         def choose(e: jax.Array, g: jax.Array, w: jax.Array) -> jax.Array:
-            return cast("jax.Array", inner(g, rho, w)) if is_filtered(g) else e
+            if not is_filtered(g):
+                return e
+            return jnp.where(jnp.any(g != 0.0), cast("jax.Array", inner(g, rho, w)), e)
 
         return jax.tree.map(choose, whole, kept, params)
 
