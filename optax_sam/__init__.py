@@ -3,6 +3,7 @@
 from optax_sam import ascent as ascent
 from optax_sam import landscape as landscape
 from optax_sam import linen as linen
+from optax_sam import losses as losses
 from optax_sam import nnx as nnx
 from optax_sam import schedules as schedules
 from optax_sam import sharpness as sharpness
@@ -24,6 +25,7 @@ from optax_sam.variants.bsam import bsam as bsam
 from optax_sam.variants.bsam import bsam_sample as bsam_sample
 from optax_sam.variants.extragradient import extragradient as extragradient
 from optax_sam.variants.friendly_sam import friendly_sam as friendly_sam
+from optax_sam.variants.functional_sam import functional_sam as functional_sam
 from optax_sam.variants.gcsam import gcsam as gcsam
 from optax_sam.variants.gnp import gnp as gnp
 from optax_sam.variants.gsam import gsam as gsam

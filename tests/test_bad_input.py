@@ -176,6 +176,23 @@ CONSTRUCTORS: list[tuple[Any, type[Exception], str]] = [
         ValueError,
         r"`alpha` must be a number in the range \[0.0, 1.0\], got 1.5",
     ),
+    (lambda: optax_sam.losses.bisam(jnp.ones((2, 3)), jnp.ones(2)), ValueError, "`labels` must be integers"),
+    (
+        lambda: optax_sam.losses.bisam(jnp.ones((2, 3)), jnp.ones(3, int)),
+        ValueError,
+        r"`labels` must be .*\(2,\), got shape \(3,\)",
+    ),
+    (
+        lambda: optax_sam.losses.bisam(jnp.ones(3), jnp.array(1), form="exp"),
+        ValueError,
+        "`form` must be one of 'log', 'tanh'",
+    ),
+    (
+        lambda: optax_sam.losses.trajectory(jnp.ones(3), jnp.ones(2)),
+        ValueError,
+        r"`past_logits` must have the shape of `logits`, \(3,\), got \(2,\)",
+    ),
+    (lambda: optax_sam.losses.trajectory(jnp.ones(3), jnp.ones(3), 0.0), ValueError, "`temperature`"),
     (lambda: optax_sam.unified_sam(mix=-0.5), ValueError, r"`mix` must be .* \[0.0, 1.0\], got -0.5"),
     (lambda: optax_sam.le_sam(-1.0), ValueError, "`loss_rise` must be a number"),
     (lambda: optax_sam.le_sam(rho_max=0.0), ValueError, "`rho_max` must be a number"),

@@ -548,18 +548,6 @@ def test_the_ascent_along_another_loss() -> None:
         optax_sam.sam_value_and_grad(table.loss, optax_sam.sam(), ascent_loss=3)
 
 
-def functional_sam(rho: float) -> Any:
-    """Functional SAM: the network linearized at the perturbed point, the loss where it was."""
-    climb = ascent.normalized()
-
-    def evaluate(loss: optax_sam.Loss, state: optax_sam.SAMState) -> optax_sam.Evaluation:
-        clean = loss.ascent()
-        perturbation = climb(clean.gradient, state.rho, loss.params)
-        return loss.pair(clean, loss.at(perturbation, cotangent_of=clean))
-
-    return optax_sam.sharpness_aware(rho, evaluate=evaluate)
-
-
 def test_a_composite_loss_shows_its_parts_to_a_rule() -> None:
     """f = a b, l = (f - y)^2 / 2 at (1, 2), y = 0.5, by hand; SAM itself sees an ordinary loss."""
     loss = optax_sam.CompositeLoss(
@@ -567,13 +555,13 @@ def test_a_composite_loss_shows_its_parts_to_a_rule() -> None:
     )
     params, x, y = jnp.array([1.0, 2.0]), jnp.ones(1), jnp.full(1, 0.5)
     wanted = {"functional": (3.0670820394, 1.6341640787), "sam": (3.53247452, 1.88212865)}
-    for name, variant in (("functional", functional_sam(0.1)), ("sam", optax_sam.sam(0.1))):
+    for name, variant in (("functional", optax_sam.functional_sam(0.1)), ("sam", optax_sam.sam(0.1))):
         value, grads = optax_sam.sam_value_and_grad(loss, variant)(params, x, y, state=variant.init(params))
         np.testing.assert_allclose(value, 1.125, rtol=1e-6)
         np.testing.assert_allclose(grads.clean, [3.0, 1.5], rtol=1e-6)
         np.testing.assert_allclose(grads.perturbed, wanted[name], rtol=1e-6)
     with pytest.raises(TypeError, match=r"see the outputs of the network.*CompositeLoss"):
-        evaluated(functional_sam(0.1))
+        evaluated(optax_sam.functional_sam(0.1))
     with pytest.raises(ValueError, match="`has_aux` is True, and that of the `CompositeLoss` is False"):
         optax_sam.sam_value_and_grad(loss, optax_sam.sam(), has_aux=True)
 
@@ -608,7 +596,7 @@ def test_a_composite_loss_in_all_forms(form: str) -> None:
     parts = 4 if form.startswith("shards") or form == "devices, local" else 1
     split = [a.reshape(parts, -1, *a.shape[1:]) for a in (x, y)]
     expected = jax.tree.map(lambda g: jnp.mean(g, axis=0), jax.vmap(by_hand)(*split))
-    variant = functional_sam(0.1)
+    variant = optax_sam.functional_sam(0.1)
 
     def run(params: Any, batch: Any) -> Any:
         value_and_grad = optax_sam.sam_value_and_grad(loss, variant, has_aux=True, **how)

@@ -447,6 +447,30 @@ def test_unified_sam_moves_from_one_form_to_the_other(store):
     close(flat(grads.perturbed), np.array([10.0, 1.0]) * (1 + e))
 
 
+def test_e14_the_trajectory_loss():
+    """Of SAF and MESA, with the temperature 5 and the weight 0.3."""
+    z, past = jnp.array([2.0, 1.0, 0.0]), jnp.array([1.0, 1.5, 0.0])
+    close(optax_sam.losses.trajectory(z, past), 0.209464514118)
+
+    def weighed(z, past):
+        return 0.3 * jnp.mean(optax_sam.losses.trajectory(z, past))
+
+    value, gradient = jax.value_and_grad(weighed)(jnp.stack([z, z]), jnp.stack([past, past]))
+    close(value, 0.0628393542355)
+    close(2 * gradient[0], (0.0896262200603, -0.0735678280390, -0.0160583920213))
+    assert not np.any(jax.grad(weighed, argnums=1)(z, past))
+
+
+def test_the_objective_of_bisam():
+    z, y = jnp.array([2.0, 1.0, 0.0]), jnp.array(1)
+    close(optax_sam.losses.bisam(z, y), 1.14576306512)
+    close(optax_sam.losses.bisam(jnp.stack([z, z]), jnp.array([1, 1])), [1.14576306512] * 2)
+    margins = 10 * np.tanh([0.1, 0.0, -0.1])
+    close(optax_sam.losses.bisam(z, y, form="tanh"), np.log(np.sum(np.exp(margins))))
+    # Where another class is far ahead the exponential of the log form grows by e for each unit and no more.
+    assert optax_sam.losses.bisam(jnp.array([1e4, 0.0]), jnp.array(1)) < 2.0
+
+
 def test_e1_losses(store):
     variant = optax_sam.sam(0.1)
     state, params = variant.init(store(W0)), store(W0)
