@@ -23,6 +23,7 @@ from optax_sam.variants.asam import asam as asam
 from optax_sam.variants.async_sam import async_sam as async_sam
 from optax_sam.variants.bsam import bsam as bsam
 from optax_sam.variants.bsam import bsam_sample as bsam_sample
+from optax_sam.variants.cr_sam import cr_sam as cr_sam
 from optax_sam.variants.extragradient import extragradient as extragradient
 from optax_sam.variants.friendly_sam import friendly_sam as friendly_sam
 from optax_sam.variants.functional_sam import functional_sam as functional_sam
@@ -38,9 +39,11 @@ from optax_sam.variants.msam import msam as msam
 from optax_sam.variants.msam import msam_eval_params as msam_eval_params
 from optax_sam.variants.msam import shifted_msam as shifted_msam
 from optax_sam.variants.sam import sam as sam
+from optax_sam.variants.sam_sps import sam_sps as sam_sps
 from optax_sam.variants.same import custom_same as custom_same
 from optax_sam.variants.same import same as same
 from optax_sam.variants.same import saner as saner
+from optax_sam.variants.sampa import sampa as sampa
 from optax_sam.variants.stable_sam import stable_sam as stable_sam
 from optax_sam.variants.unified_sam import unified_sam as unified_sam
 from optax_sam.variants.vasso import vasso as vasso

@@ -7,7 +7,7 @@ from optax_sam import _checks
 
 
 def bisam(logits: jax.Array, labels: jax.Array, *, form: str = "log") -> jax.Array:
-    r"""The objective along which BiSAM climbs: a smooth bound of the rate of misclassified examples.
+    r"""The objective along which BiSAM climbs: a smooth lower bound of the 0-1 loss, times mu.
 
     .. math::
       Q = \log \sum_j e^{\mu\, \varphi(z_j - z_y)}, \quad

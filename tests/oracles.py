@@ -5,6 +5,7 @@ the slices of `LEAVES`, the order in which JAX flattens the params of the loss.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -275,6 +276,32 @@ def one_gradient(grad: Any, w: Any, t: int, memory: Any, *, rho: float) -> Any:
     return g, g
 
 
+def cr_sam(grad: Any, w: Any, t: int, memory: Any, *, rho: float, gamma: float, beta: float) -> Any:
+    """Wu, Luo et al., as their code has it: the differences of the gradients on both sides."""
+    del t
+    g = grad(w)
+    up, down = grad(w + rho * unit(g)), grad(w - rho * unit(g))
+    return up + gamma * (up + down - 2 * g) + beta * (up - down), memory
+
+
+def sampa(grad: Any, w: Any, t: int, memory: Any, *, rho: float, rate: float, mix: float) -> Any:
+    """Xie et al.: perturbed along the gradient at the auxiliary point, which a descent step follows."""
+    m = np.zeros_like(w) if t == 0 else memory
+    ahead = grad(w - rate * m)
+    return (1 - mix) * grad(w + rho * unit(m)) + mix * ahead, ahead
+
+
+def sam_sps(
+    grad: Any, w: Any, t: int, memory: Any, *, loss: Any, rho: float, most: float, decay: float
+) -> Any:
+    """Oikonomou and Loizou: Polyak's step size at the perturbed point."""
+    del t
+    e = rho * unit(grad(w))
+    g_p = grad(w + e)
+    rate = np.clip((loss(w + e) - g_p @ e) / (g_p @ g_p), 0.0, most)
+    return -rate * (g_p + decay * w), memory
+
+
 def msam(grad: Any, w: Any, t: int, memory: Any, *, rho: float, rate: float, momentum: float) -> Any:
     """Becker et al., equations of algorithm 1: down along the momentum, which is zero at first."""
     velocity = np.zeros_like(w) if t == 0 else memory
@@ -348,6 +375,9 @@ ORACLES: dict[str, Callable[..., Any]] = {
     "vasso": functools.partial(vasso, rho=0.1, theta=0.4),
     "async_sam": functools.partial(async_sam, rho=0.1),
     "async_sam_perturbed": functools.partial(one_gradient, rho=0.1),
+    "cr_sam": functools.partial(cr_sam, rho=0.1, gamma=0.2, beta=0.1),
+    "sampa": functools.partial(sampa, rho=0.1, rate=0.05, mix=0.3),
+    "sam_sps": functools.partial(sam_sps, rho=0.1, most=0.2, decay=0.01),
     "msam": functools.partial(msam, rho=0.1, rate=0.01, momentum=0.9),
     "same": functools.partial(same, rho=0.1, gains=(2.0, 0.5, 1.5, 0.0), clean_gains=(0.0, 0.5, 0.0, 1.0)),
     "custom_same": functools.partial(same, rho=0.1, gains=(2.0, 1.0, 0.5, 2.0)),
@@ -367,6 +397,7 @@ def trajectory(rule: Any, *, whole_optimizer: bool) -> tuple[np.ndarray, list[An
     """
     w, velocity, memory = first_params(), np.zeros(SIZE), None
     points, memories, losses = [], [], []
+    needs_loss = "loss" in inspect.signature(rule).parameters
     for t, x in enumerate(batches()):
         visited: list[np.ndarray] = []
 
@@ -374,7 +405,8 @@ def trajectory(rule: Any, *, whole_optimizer: bool) -> tuple[np.ndarray, list[An
             visited.append(point)
             return gradient(point, x)
 
-        direction, memory = rule(grad, w, t, memory)
+        more = {"loss": functools.partial(loss, x=x)} if needs_loss else {}
+        direction, memory = rule(grad, w, t, memory, **more)
         losses.append(loss(visited[0], x))
         velocity = 0.9 * velocity + direction
         w = w + direction if whole_optimizer else w - 0.1 * velocity

@@ -43,6 +43,8 @@ class Row:
     divides_by_norm: bool = True
     # Whether the first pass is at params, and not at a random point nearby.
     clean_at_params: bool = True
+    # Whether it needs values of the loss, which a user's `grad_fn` does not give.
+    needs_values: bool = False
     # Whether the second evaluation is a Hessian-vector product, which costs almost two gradients.
     product: bool = False
 
@@ -299,6 +301,24 @@ ROWS = (
         kwargs={"rho": 0.1, "reuse": "perturbed"},
         evaluations=(1,),
         memory_copies=1,
+    ),
+    _row("cr_sam", optax_sam.cr_sam, kwargs={"rho": 0.1, "gamma": 0.2, "beta": 0.1}, evaluations=(3,)),
+    _row(
+        "sampa",
+        optax_sam.sampa,
+        kwargs={"learning_rate": 0.05, "rho": 0.1, "mix": 0.3},
+        memory_copies=1,
+        base_at_zero=False,
+        divides_by_norm=False,
+        clean_at_params=False,
+    ),
+    _row(
+        "sam_sps",
+        optax_sam.sam_sps,
+        kwargs={"rho": 0.1, "max_learning_rate": 0.2, "weight_decay": 0.01},
+        whole_optimizer=True,
+        base_at_zero=False,
+        needs_values=True,
     ),
     _row(
         "msam",

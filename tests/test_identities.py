@@ -140,6 +140,7 @@ TWINS = dict(
         twin("gnp_one", optax_sam.gnp(RHO, 1.0)),
         twin("gnp_by_name", optax_sam.gnp(RHO, 0.8), "wsam"),
         twin("gnp_zero", optax_sam.gnp(RHO, 0.0), "base"),
+        twin("cr_sam_zero", optax_sam.cr_sam(RHO, 0.0, 0.0)),
         twin("unified_one", optax_sam.unified_sam(RHO, 1.0)),
         twin("unified_zero", optax_sam.unified_sam(0.01, 0.0), "usam"),
         twin("le_sam_far", optax_sam.le_sam(1e9, RHO)),

@@ -447,6 +447,61 @@ def test_unified_sam_moves_from_one_form_to_the_other(store):
     close(flat(grads.perturbed), np.array([10.0, 1.0]) * (1 + e))
 
 
+def test_e23_cr_sam(store):
+    """Of a loss with a cubic term; on a quadratic the curvature drops out."""
+    variant = optax_sam.cr_sam(0.1, gamma=0.1, beta=0.01)
+    close(direction(variant, store(W0))[1], (11.014937934014089, 1.0101493793401408))
+
+    def cubic(params):
+        w, _ = ravel_pytree(params)
+        return loss(params, L1) + jnp.sum(w**3) / 3
+
+    state = variant.init(store(W0))
+    _, grads = optax_sam.sam_value_and_grad(cubic, variant)(store(W0), state=state)
+    close(flat(grads.clean), (11.0, 2.0))
+    close(flat(variant.update(grads, state, store(W0))[0]), (12.2158727700, 2.05512294409))
+
+
+def test_e25_sampa(store):
+    """From a gradient at the auxiliary point that is known before the first step, as the paper begins."""
+    variant = optax_sam.sampa(0.05, rho=0.1, mix=0.2)
+    tx = optax.chain(variant, optax.sgd(0.05))
+    params = store(W0)
+    state = tx.init(params)
+    state = (state[0]._replace(memory=type(state[0].memory)(store(G0))), state[1])
+    step, points, ahead = jax.jit(step_of(variant, tx)), [], []
+    for _ in range(2):
+        before = np.asarray(flat(state[0].memory.gradient)), np.asarray(flat(params))
+        params, state, value, _ = step(params, state, L1)
+        y = before[1] - 0.05 * before[0]
+        ahead.append(y)
+        close(value, (10 * y[0] ** 2 + y[1] ** 2) / 2)
+        points.append(flat(params))
+    close(ahead, [(0.5, 0.95), (0.260198512392, 0.902601985124)])
+    close(points, [(0.510198512392, 0.950101985124), (0.240802278128, 0.902325243284)])
+
+
+@pytest.mark.parametrize(
+    ("variant", "rate", "w"),
+    [
+        (optax_sam.sam_sps(0.1), 0.0447084560303, (0.508428863230, 0.954846678205)),
+        (optax_sam.sam_sps(0.01, ascent=ascent.unnormalized()), 0.0446643626747, None),
+        (optax_sam.sam_sps(0.1, max_learning_rate=0.01), 0.01, None),
+        # What is left of the linear model is below zero there.
+        (optax_sam.sam_sps(5.0), 0.0, W0),
+        (optax_sam.sam_sps(0.1, min_loss=100.0), 0.0, W0),
+    ],
+)
+def test_sam_sps(store, variant, rate, w):
+    params = store(W0)
+    state = variant.init(params)
+    _, grads = optax_sam.sam_value_and_grad(loss, variant)(params, L1, state=state)
+    updates, _ = variant.update(grads, state, params)
+    close(flat(updates), -rate * np.asarray(flat(grads.perturbed)))
+    if w is not None:
+        close(flat(optax.apply_updates(params, updates)), w)
+
+
 def test_e14_the_trajectory_loss():
     """Of SAF and MESA, with the temperature 5 and the weight 0.3."""
     z, past = jnp.array([2.0, 1.0, 0.0]), jnp.array([1.0, 1.5, 0.0])

@@ -47,8 +47,10 @@ def le_sam(loss_rise: optax.ScalarOrSchedule = 0.05, rho_max: float = 0.1) -> Sh
       ['10.495', '1.005']
 
     References:
-      Wang et al., `LE-SAM <https://arxiv.org/abs/2605.10183>`_, ICML 2026, after its abstract and a summary;
-      the authors' code was not to be had. The defaults are not theirs.
+      Wang et al., `Fix the Loss, Not the Radius: Rethinking the Adversarial Perturbation of Sharpness-Aware
+      Minimization <https://arxiv.org/abs/2605.10183>`_, ICML 2026, after its abstract and a summary; the
+      authors' code was not to be had. The defaults are not theirs: 0.1 is the largest radius that was safe
+      for `sam`.
     """
     _checks.number("rho_max", rho_max, low=0.0, above=True)
     along = ascents.normalized()
