@@ -38,6 +38,7 @@ from optax_sam.variants.looksam import looksam as looksam
 from optax_sam.variants.msam import msam as msam
 from optax_sam.variants.msam import msam_eval_params as msam_eval_params
 from optax_sam.variants.msam import shifted_msam as shifted_msam
+from optax_sam.variants.preconditioned_sam import preconditioned_sam as preconditioned_sam
 from optax_sam.variants.sam import sam as sam
 from optax_sam.variants.sam_sps import sam_sps as sam_sps
 from optax_sam.variants.same import custom_same as custom_same

@@ -291,6 +291,15 @@ def sampa(grad: Any, w: Any, t: int, memory: Any, *, rho: float, rate: float, mi
     return (1 - mix) * grad(w + rho * unit(m)) + mix * ahead, ahead
 
 
+def preconditioned_sam(
+    grad: Any, w: Any, t: int, memory: Any, *, rho: float, power: float, decay: float
+) -> Any:
+    """Singh et al.: up along the gradient as Adam scales it, by the second moment that Adam would have."""
+    nu, g = np.zeros_like(w) if t == 0 else memory, grad(w)
+    g_p = grad(w + rho * unit(g / (nu**power + 1e-8)))
+    return g_p, decay * nu + (1 - decay) * g_p**2
+
+
 def sam_sps(
     grad: Any, w: Any, t: int, memory: Any, *, loss: Any, rho: float, most: float, decay: float
 ) -> Any:
@@ -377,6 +386,7 @@ ORACLES: dict[str, Callable[..., Any]] = {
     "async_sam_perturbed": functools.partial(one_gradient, rho=0.1),
     "cr_sam": functools.partial(cr_sam, rho=0.1, gamma=0.2, beta=0.1),
     "sampa": functools.partial(sampa, rho=0.1, rate=0.05, mix=0.3),
+    "preconditioned_sam": functools.partial(preconditioned_sam, rho=0.1, power=0.4, decay=0.9),
     "sam_sps": functools.partial(sam_sps, rho=0.1, most=0.2, decay=0.01),
     "msam": functools.partial(msam, rho=0.1, rate=0.01, momentum=0.9),
     "same": functools.partial(same, rho=0.1, gains=(2.0, 0.5, 1.5, 0.0), clean_gains=(0.0, 0.5, 0.0, 1.0)),

@@ -313,6 +313,12 @@ ROWS = (
         clean_at_params=False,
     ),
     _row(
+        "preconditioned_sam",
+        optax_sam.preconditioned_sam,
+        kwargs={"rho": 0.1, "power": 0.4, "decay": 0.9},
+        memory_copies=1,
+    ),
+    _row(
         "sam_sps",
         optax_sam.sam_sps,
         kwargs={"rho": 0.1, "max_learning_rate": 0.2, "weight_decay": 0.01},

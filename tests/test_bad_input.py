@@ -193,6 +193,13 @@ CONSTRUCTORS: list[tuple[Any, type[Exception], str]] = [
         r"`past_logits` must have the shape of `logits`, \(3,\), got \(2,\)",
     ),
     (lambda: optax_sam.losses.trajectory(jnp.ones(3), jnp.ones(3), 0.0), ValueError, "`temperature`"),
+    (lambda: optax_sam.preconditioned_sam(power=-1.0), ValueError, "`power`"),
+    (
+        lambda: optax_sam.preconditioned_sam(decay=1.0),
+        ValueError,
+        r"`decay` must be .* \[0.0, 1.0\), got 1.0",
+    ),
+    (lambda: optax_sam.preconditioned_sam(eps=0.0), ValueError, "`eps`"),
     (lambda: optax_sam.cr_sam(gamma=-1.0), ValueError, "`gamma`"),
     (lambda: optax_sam.cr_sam(beta=-1.0), ValueError, "`beta`"),
     (lambda: optax_sam.sampa(-0.1), ValueError, "`learning_rate`"),

@@ -140,6 +140,7 @@ TWINS = dict(
         twin("gnp_one", optax_sam.gnp(RHO, 1.0)),
         twin("gnp_by_name", optax_sam.gnp(RHO, 0.8), "wsam"),
         twin("gnp_zero", optax_sam.gnp(RHO, 0.0), "base"),
+        twin("preconditioned_power_zero", optax_sam.preconditioned_sam(RHO, 0.0)),
         twin("cr_sam_zero", optax_sam.cr_sam(RHO, 0.0, 0.0)),
         twin("unified_one", optax_sam.unified_sam(RHO, 1.0)),
         twin("unified_zero", optax_sam.unified_sam(0.01, 0.0), "usam"),
@@ -223,6 +224,21 @@ def test_sam_is_the_one_of_optax():
         params, state = step(params, state, x)
         points.append(flat(params))
     np.testing.assert_allclose(points, walks("table")["sam"], rtol=1e-12, atol=1e-12)
+
+
+def test_the_second_moment_of_preconditioned_sam_is_that_of_adam():
+    """Which stands in Adam's state too, if both decay alike."""
+    variant = optax_sam.preconditioned_sam(RHO, decay=0.9)
+    tx = optax.chain(variant, optax.adam(0.01, b2=0.9))
+    value_and_grad = optax_sam.sam_value_and_grad(table.loss, variant)
+    params = first_params("table")
+    state = tx.init(params)
+    for x in batches():
+        _, grads = value_and_grad(params, x, state=state)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    ours, theirs = state[0].memory.second_moment, optax.tree.get(state, "nu")
+    np.testing.assert_allclose(flat(ours), flat(theirs), rtol=1e-12)
 
 
 @pytest.mark.parametrize("row", AT_ZERO, ids=lambda row: row.name)

@@ -502,6 +502,23 @@ def test_sam_sps(store, variant, rate, w):
         close(flat(optax.apply_updates(params, updates)), w)
 
 
+@pytest.mark.parametrize(
+    ("power", "e"),
+    [
+        (0.0, (0.0995037190, 0.00995037190)),
+        (0.5, (0.0707106781, 0.0707106781)),
+        (1.0, (0.00995037190, 0.0995037190)),
+    ],
+)
+def test_a_preconditioned_step(store, power, e):
+    """Where the second moment is the square of the gradient; ten decimals are known."""
+    variant, params = optax_sam.preconditioned_sam(0.1, power, eps=1e-14), store(W0)
+    state = variant.init(params)
+    state = state._replace(memory=type(state.memory)(store((100.0, 1.0))))
+    _, grads = optax_sam.sam_value_and_grad(loss, variant)(params, L1, state=state)
+    np.testing.assert_allclose(flat(grads.perturbed) / np.array([10.0, 1.0]) - 1, e, rtol=0, atol=1e-10)
+
+
 def test_e14_the_trajectory_loss():
     """Of SAF and MESA, with the temperature 5 and the weight 0.3."""
     z, past = jnp.array([2.0, 1.0, 0.0]), jnp.array([1.0, 1.5, 0.0])

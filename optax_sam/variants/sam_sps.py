@@ -83,7 +83,8 @@ def sam_sps(
         model = _tree.upcast(perturbed.value) - _tree.dot(perturbed.gradient, perturbation)
         if loss.peers.num_shards == 1:
             model = loss.mean(model)
-        return loss.pair(clean, perturbed, statistics=model)
+        # Once for each leaf of params: what wrappers do to gradients (masks, `nnx.Optimizer`) it survives.
+        return loss.pair(clean, perturbed, statistics=jax.tree.map(lambda _: model, loss.params))
 
     def descent(
         gradients: SAMGradients, state: SAMState, params: optax.Params | None
@@ -94,7 +95,8 @@ def sam_sps(
         if gradients.statistics is None:
             raise TypeError(_NEEDS_VALUES)
         squares = jnp.maximum(_tree.squared_norm(gradients.perturbed), 1e-12)
-        rate = jnp.clip((gradients.statistics - min_loss) / squares, 0.0, max_learning_rate)
+        model = next(iter(jax.tree.leaves(gradients.statistics)), jnp.zeros(()))
+        rate = jnp.clip((model - min_loss) / squares, 0.0, max_learning_rate)
         decayed = jax.tree.map(lambda p, w: p + weight_decay * w, gradients.perturbed, _tree.upcast(params))
         return jax.tree.map(lambda d: -rate * d, decayed), state.memory
 

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optax_sam import _checks, _tree
@@ -91,7 +92,10 @@ def sampa(
 
     def descent(gradients: SAMGradients, state: SAMState, params: optax.Params) -> tuple[optax.Updates, Any]:
         del state, params
-        return _tree.blend(gradients.perturbed, gradients.clean, mix), SAMPaMemory(gradients.clean)
+        perturbed = gradients.perturbed
+        # Where the point ahead lies too far for a finite gradient: else no later one would be nearer.
+        ahead = jax.tree.map(lambda c, p: jnp.where(jnp.isfinite(c), c, p), gradients.clean, perturbed)
+        return _tree.blend(perturbed, ahead, mix), SAMPaMemory(ahead)
 
     def init_memory(params: optax.Params) -> SAMPaMemory:
         return SAMPaMemory(_tree.zeros_like(params))
