@@ -176,6 +176,7 @@ RECIPES = {
     "stable_sam": Recipe(_before_base(optax_sam.stable_sam), 0.7),
     "xsam": Recipe(_before_base(optax_sam.xsam), 0.5),
     "functional_sam": Recipe(_before_base(optax_sam.functional_sam), 0.7),
+    "preconditioned_sam": Recipe(_before_base(optax_sam.preconditioned_sam), 0.7),
     "cr_sam": Recipe(_before_base(optax_sam.cr_sam), 0.5, gradients=3),
     "sampa": Recipe(_sampa, 0.7),
     "sam_sps": Recipe(_sam_sps, 0.5),
