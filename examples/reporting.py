@@ -19,7 +19,8 @@ FIRST_SEED = 100
 
 SMOKE = "smoke test, not a result"
 
-GREY, RED, BLUE = "#7f7f7f", "#c8102e", "#1f5fa8"
+# SAM is red and the base optimizer grey in every figure.
+GREY, RED, BLUE, GREEN, GOLD, VIOLET = "#7f7f7f", "#c8102e", "#1f5fa8", "#2e8b57", "#b8860b", "#6a3d9a"
 
 
 # Options.
@@ -119,6 +120,22 @@ def show(value: Mapping[str, Any], form: str = ".1f") -> str:
     return f"{value['mean']:{form}}{sd}"
 
 
+def half_width(values: np.ndarray, axis: int = 0) -> np.ndarray:
+    """Half the width of the 95 % interval of a mean over seeds, by the t-distribution; NaN of one seed."""
+    from scipy import stats
+
+    seeds = np.shape(values)[axis]
+    if seeds == 1:
+        return np.full_like(np.mean(values, axis=axis), np.nan)
+    return stats.t.ppf(0.975, seeds - 1) * np.std(values, axis=axis, ddof=1) / math.sqrt(seeds)
+
+
+def interval(gain: Mapping[str, Any], form: str = ".1f") -> str:
+    """A mean, as text, and after the sign ± half the width of its 95 % interval."""
+    half = float(half_width(np.array(gain["values"])))
+    return f"{gain['mean']:+{form}}" + ("" if math.isnan(half) else f" ± {half:{form}}")
+
+
 def judge(gain: Mapping[str, Any]) -> str:
     """The rule by which every example decides what helps: "better", "worse" or "unclear".
 
@@ -211,6 +228,53 @@ def band(axes: "Axes", x: Any, values: np.ndarray, colour: str, label: str, line
     axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0)
 
 
+def line_with_interval(axes: "Axes", x: Any, values: np.ndarray, colour: str, line: str = "-") -> None:
+    """A curve: the mean over the seeds, bars of its 95 % interval; the shape of values is (seeds, len(x))."""
+    axes.errorbar(
+        x,
+        values.mean(axis=0),
+        half_width(values) if len(values) > 1 else None,
+        fmt=f"o{line}",
+        color=colour,
+        linewidth=1.8,
+        markersize=3.5,
+        elinewidth=1,
+        capsize=2,
+    )
+
+
+def label_ends(axes: "Axes", ends: Mapping[str, tuple[float, float, str]], gap: float = 0.065) -> None:
+    """Names curves at their right end, in their colours, so far apart that no name covers another.
+
+    Args:
+      axes: Where, after all curves are drawn.
+      ends: Of each curve, by its name, the point where it ends and its colour.
+      gap: The smallest distance between two names, as a part of the axis.
+    """
+    low, high = axes.get_ylim()
+    names = sorted(ends, key=lambda name: ends[name][1])
+    wanted = np.array([(ends[name][1] - low) / (high - low) for name in names])
+    # Each name as low as those below it let it be, then the whole pile moved to where it is least wrong.
+    steps = gap * np.arange(len(names))
+    places = np.maximum.accumulate(wanted - steps) + steps
+    places -= np.mean(places - wanted)
+    places = np.minimum(places, 1 - steps[::-1])
+    for name, place in zip(names, places, strict=True):
+        x, y, colour = ends[name]
+        axes.annotate(
+            name,
+            (x, y),
+            (1.03, place),
+            xycoords="data",
+            textcoords="axes fraction",
+            color=colour,
+            va="center",
+            fontsize=9,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2},
+        )
+    axes.set_ylim(low, high)
+
+
 def save(options: argparse.Namespace, name: str, picture: "Figure", content: Mapping[str, Any]) -> None:
     """Writes the figure, and all numbers with what they were made from."""
     import jax
@@ -223,6 +287,6 @@ def save(options: argparse.Namespace, name: str, picture: "Figure", content: Map
         "python": platform.python_version()
     }
     everything = {"options": settings, "versions": versions, **content}
-    picture.savefig(options.output / f"{name}.png", dpi=96)
+    picture.savefig(options.output / f"{name}.png", dpi=200)
     (options.output / f"{name}.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
     print(f"\nWritten: {options.output / name}.png and {name}.json")

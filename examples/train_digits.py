@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import reporting
 from digits import MODELS, NUM_TRAIN, Arm, Curves, train
-from digits_recipes import BASES, RECIPES, Setting, base_arm, tuned_l2_arm, variant_arm
+from digits_recipes import BASES, RECIPES, Setting, base_arm, sam_and_l2_arm, tuned_l2_arm, variant_arm
 from matplotlib.figure import Figure
 from reporting import align, gain_over, number, show, spread
 
@@ -33,20 +33,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     setting = Setting(options.base_optimizer, options.learning_rate, options.weight_decay, steps)
     base = base_arm(setting)
     variant = variant_arm(options.variant, options.rho, setting)
-    tuned = tuned_l2_arm(steps)
+    tuned, both = tuned_l2_arm(steps), sam_and_l2_arm(steps, options.model)
 
     return train_and_report(
-        [base, variant, tuned],
+        [base, variant, tuned, both],
         options,
         "digits",
-        lambda report: meaning(report, variant.name, tuned.name),
+        lambda report: meaning(report, variant.name, tuned.name, both.name),
     )
 
 
 def train_and_report(
     arms: Sequence[Arm], options: argparse.Namespace, name: str, meaning: Callable[[dict[str, Any]], str]
 ) -> dict[str, Any]:
-    """Trains three arms, the base first; prints, draws and saves what came out, with a sentence on it."""
+    """Trains the arms, the base first; prints, draws and saves what came out, with a sentence on it."""
     print(headline(options))
     curves = run(arms, options)
     report = summarize(curves, arms[0].name)
@@ -133,7 +133,7 @@ def headline(options: argparse.Namespace) -> str:
     """What is going to be trained."""
     return (
         f"{NUM_TRAIN} images of digits, {options.label_noise:.0%} of their labels wrong; {options.model}, "
-        f"{options.epochs} epochs; mean ± standard deviation over {options.seeds} paired seeds."
+        f"{options.epochs} epochs;\nmean ± standard deviation over {options.seeds} paired seeds."
     )
 
 
@@ -166,39 +166,40 @@ def summarize(curves: dict[str, Curves], base: str) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as text: mean and standard deviation over the seeds."""
+    """The report as text, for a terminal of 80 columns: mean and standard deviation over the seeds."""
     lines = [
-        ("", "best test", "final test", "wrong labels", "gain of", "gain of", "its worst", "seconds", "time"),
-        ("", "accuracy, %", "accuracy, %", "memorised, %", "best", "final", "seed", "per run", "ratio"),
+        ("accuracy, %", "best test", "final test", "wrong labels", "gain of", "time"),
+        ("", "", "", "memorised", "final", ""),
     ]
     for name, row in report["arms"].items():
-        gain_best, gain, is_base = row["gain_best"], row["gain_final"], name == report["base"]
-        gains = (f"{gain_best['mean']:+.1f}", f"{gain['mean']:+.1f}", f"{gain['worst']:+.1f}")
         lines.append(
             (
                 name,
                 show(row["best"]),
                 show(row["final"]),
                 show(row["memorised"]),
-                *(("", "", "") if is_base else gains),
-                f"{row['seconds_per_run']:.2f}",
-                f"{row['cost_ratio']:.2f}",
+                "" if name == report["base"] else show(row["gain_final"], "+.1f"),
+                f"{row['cost_ratio']:.1f}",
             )
         )
     return align(lines)
 
 
-def meaning(report: dict[str, Any], variant: str, tuned: str) -> str:
-    """One line on what the table says, whichever way it came out."""
+def meaning(report: dict[str, Any], variant: str, tuned: str, both: str | None = None) -> str:
+    """What the table says, whichever way it came out."""
     base, rows = report["base"], report["arms"]
     gain = rows[variant]["gain_final"]
     to_tuned = rows[variant]["final"]["mean"] - rows[tuned]["final"]["mean"]
     side = "better" if to_tuned > 0 else "worse"
-    return (
+    words = (
         f"With the recipe otherwise unchanged, {reporting.verdict(variant, base, gain)}, at "
         f"{rows[variant]['cost_ratio']:.1f} times the time. "
         f"It is {abs(to_tuned):.1f} points {side} than {tuned} (no SAM; tuned to 40 % noise)."
     )
+    if both is None:
+        return words
+    values, base_values = rows[both]["final"]["values"], rows[tuned]["final"]["values"]
+    return f"{words}\nTogether: {reporting.verdict(both, tuned, gain_over(values, base_values))}."
 
 
 def figure(curves: dict[str, Curves], options: argparse.Namespace) -> Figure:
@@ -207,7 +208,10 @@ def figure(curves: dict[str, Curves], options: argparse.Namespace) -> Figure:
     left, right = picture.subplots(1, 2)
     epochs = np.arange(1, options.epochs + 1)
     for (name, curve), colour, line in zip(
-        curves.items(), (reporting.GREY, reporting.RED, reporting.BLUE), ("-", "-", "--"), strict=True
+        curves.items(),
+        (reporting.GREY, reporting.RED, reporting.BLUE, reporting.GOLD),
+        ("-", "-", "--", "-"),
+        strict=False,
     ):
         for axes, values in ((left, 100 * curve.test), (right, 100 * curve.memorised)):
             reporting.band(axes, epochs, values, colour, name, line)

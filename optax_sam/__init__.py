@@ -1,6 +1,8 @@
 """Sharpness-aware minimization for JAX and Optax."""
 
 from optax_sam import ascent as ascent
+from optax_sam import equinox as equinox
+from optax_sam import gates as gates
 from optax_sam import landscape as landscape
 from optax_sam import linen as linen
 from optax_sam import losses as losses
@@ -14,11 +16,19 @@ from optax_sam._loss import Pass as Pass
 from optax_sam._loss import Peers as Peers
 from optax_sam._loss import SAMGradients as SAMGradients
 from optax_sam._state import SAMState as SAMState
+from optax_sam._types import SAMOptions as SAMOptions
+from optax_sam._types import SAMValueAndGrad as SAMValueAndGrad
 from optax_sam._value_and_grad import SAMMetrics as SAMMetrics
 from optax_sam._value_and_grad import sam_value_and_grad as sam_value_and_grad
+from optax_sam._variant import Climb as Climb
+from optax_sam._variant import Evaluate as Evaluate
 from optax_sam._variant import SharpnessAwareTransformation as SharpnessAwareTransformation
+from optax_sam._variant import When as When
 from optax_sam._variant import constructor as constructor
 from optax_sam._variant import sharpness_aware as sharpness_aware
+from optax_sam.ascent import Ascent as Ascent
+from optax_sam.gates import gated as gated
+from optax_sam.variants.ae_sam import ae_sam as ae_sam
 from optax_sam.variants.asam import asam as asam
 from optax_sam.variants.async_sam import async_sam as async_sam
 from optax_sam.variants.bsam import bsam as bsam
@@ -48,8 +58,12 @@ from optax_sam.variants.sampa import sampa as sampa
 from optax_sam.variants.stable_sam import stable_sam as stable_sam
 from optax_sam.variants.unified_sam import unified_sam as unified_sam
 from optax_sam.variants.vasso import vasso as vasso
+from optax_sam.variants.weight_noise import weight_noise as weight_noise
 from optax_sam.variants.wsam import decoupled_wsam as decoupled_wsam
 from optax_sam.variants.wsam import wsam as wsam
 from optax_sam.variants.xsam import xsam as xsam
 
 __version__ = "0.1.0"
+
+# Every name above: each is imported as itself, on a line of its own.
+__all__ = [name for name in globals() if name[0] != "_" and name != "variants"]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -49,14 +49,19 @@ def number(
         raise ValueError(msg)
 
 
-def static_integer(name: str, value: Any, *, low: int) -> None:
-    """Refuses what is no Python integer, of a number that decides the shape of the program."""
+def static(name: str, value: Any) -> None:
+    """Refuses an array, in place of a number that decides the shape of the program."""
     if isinstance(value, jax.Array):
         msg = (
-            f"`{name}` decides what is evaluated and must be a Python integer, got an array. Under "
+            f"`{name}` decides what is evaluated and must be a Python number, got an array. Under "
             f'`optax.inject_hyperparams` name it in the static arguments, `static_args=("{name}",)`.'
         )
         raise TypeError(msg)
+
+
+def static_integer(name: str, value: Any, *, low: float = -np.inf) -> None:
+    """Refuses what is no Python integer, of a number that decides the shape of the program."""
+    static(name, value)
     number(name, value, low=low, integer=True)
 
 
@@ -91,6 +96,17 @@ def value_and_aux(output: Any) -> tuple[Any, Any]:
     return value, aux
 
 
+def value(output: Any) -> Any:
+    """What a loss without aux returns, or an error if it is a pair."""
+    if isinstance(output, tuple | list):
+        msg = (
+            f"`fun` must return a scalar, got a {type(output).__name__}. If it is `(loss, aux)`, write "
+            "`has_aux=True`. If `fun` is `jax.value_and_grad(loss)`, pass `loss` itself."
+        )
+        raise TypeError(msg)
+    return output
+
+
 def choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Refuses what is not one of the names."""
     if value not in choices:
@@ -108,18 +124,19 @@ def params(tree: Any) -> None:
         if dtype is None:
             if isinstance(leaf, float):
                 continue
+            advice = _of_equinox(tree) or "keep it out of params: pass it to the loss as another argument."
             msg = (
                 f"params must hold floating-point arrays, got {leaf!r} of type {type(leaf).__name__} "
-                f"at {where}. Keep it out of params: pass it to the loss as another argument."
+                f"at {where}: {advice}"
             )
             raise TypeError(msg)
         if not jax.numpy.issubdtype(dtype, np.floating):
             advice = (
-                "split it into a real and an imaginary leaf and join them in the loss"
+                "split it into a real and an imaginary leaf and join them in the loss."
                 if jax.numpy.issubdtype(dtype, np.complexfloating)
-                else "pass it to the loss as another argument, outside params"
+                else _of_equinox(tree) or "pass it to the loss as another argument, outside params."
             )
-            msg = f"params must be floating-point, got dtype {dtype} at {where}: {advice}."
+            msg = f"params must be floating-point, got dtype {dtype} at {where}: {advice}"
             raise TypeError(msg)
         if np.dtype(dtype).itemsize < 2:
             msg = (
@@ -127,6 +144,17 @@ def params(tree: Any) -> None:
                 "float32, and cast them in the loss."
             )
             raise TypeError(msg)
+
+
+def _of_equinox(tree: Any) -> str:
+    """What to write for a model of Equinox that was passed whole; empty for all else."""
+    kind = getattr(sys.modules.get("equinox"), "Module", ())  # Where it is not imported there is no module.
+    if not any(isinstance(x, kind) for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kind))):
+        return ""
+    return (
+        "of an Equinox model pass the params alone, `eqx.filter(model, eqx.is_inexact_array)`, to `init` and "
+        "`update`, and evaluate it by `optax_sam.equinox.sam_value_and_grad`, which takes the whole model."
+    )
 
 
 def _no_nnx_object(tree: Any) -> None:
@@ -143,15 +171,64 @@ def _no_nnx_object(tree: Any) -> None:
             raise TypeError(msg)
 
 
+def difference(tree: Any, like: Any, owner: str, *, path: tuple[Any, ...] = (), prefix: bool = False) -> str:
+    """The first place at which two trees differ in structure, in words.
+
+    Args:
+      tree: What was got.
+      like: What it should be like.
+      owner: Whose `like` is, with its verb, such as "params have".
+      path: Where the trees lie in larger ones.
+      prefix: Whether a leaf of `tree` may stand for a whole subtree of `like`.
+
+    Returns:
+      Such as "nothing at ['bias'], where params have an array of shape (3,)"; empty if they do not differ.
+    """
+    own, other = _children(tree), _children(like)
+    where = jax.tree_util.keystr(path) or "the top"
+    if own is None and (other is None or prefix):
+        return ""
+    if own is None or other is None or _top(tree) != _top(like):
+        for key, x in (other or {}).items():
+            if own is not None and key not in own:
+                return f"nothing at {jax.tree_util.keystr((*path, key))}, where {owner} {_kind(x)}"
+        for key, x in (own or {}).items():
+            if other is not None and key not in other:
+                return f"{_kind(x)} at {jax.tree_util.keystr((*path, key))}, where {owner} nothing"
+        another = "another one (its static fields differ)" if type(tree) is type(like) else _kind(like)
+        return f"{_kind(tree)} at {where}, where {owner} {another}"
+    found = (difference(own[key], other[key], owner, path=(*path, key), prefix=prefix) for key in own)
+    return next(filter(None, found), "")
+
+
+def _children(tree: Any) -> dict[Any, Any] | None:
+    """What hangs at the top of a tree, by its keys; None of a leaf."""
+    if jax.tree_util.all_leaves([tree]):
+        return None
+    return {
+        path[0]: x for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is not tree)
+    }
+
+
+def _top(tree: Any) -> Any:
+    """The structure of the top of a tree."""
+    return jax.tree.structure(tree, is_leaf=lambda x: x is not tree)
+
+
+def _kind(x: Any) -> str:
+    """What something is, short enough for a message."""
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return f"an array of shape {tuple(x.shape)}"
+    name = type(x).__name__
+    return "None" if x is None else f"{'an' if name[0] in 'AEIOaeio' else 'a'} {name}"
+
+
 def same_shapes(name: str, tree: Any, params: Any, *, updates: bool = False) -> None:
     """Refuses a tree whose structure or shapes are not those of params; for updates it says what helps."""
     if jax.tree.structure(tree) != jax.tree.structure(params):
-        advice = "\nWhat changes the structure of updates, as `optax.flatten` does, comes after the variant."
-        msg = (
-            f"{name} must have the structure of params, got\n  {jax.tree.structure(tree)}\n"
-            f"where params have\n  {jax.tree.structure(params)}." + (advice if updates else "")
-        )
-        raise ValueError(msg)
+        advice = " What changes the structure of updates, as `optax.flatten` does, comes after the variant."
+        msg = f"{name} must have the structure of params, got {difference(tree, params, 'params have')}."
+        raise ValueError(msg + (advice if updates else ""))
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     for (path, leaf), like in zip(leaves, jax.tree.leaves(params), strict=True):
         if np.shape(leaf) != np.shape(like):

@@ -93,7 +93,7 @@ def gradient_at(fun: Callable[..., Any], call: Call) -> GradientAt:
 
         def loss(params: optax.Params) -> tuple[jax.Array, Any]:
             output: Any = fun(*call.filled(params, batch), **call.kwargs)
-            value, aux = _checks.value_and_aux(output) if call.has_aux else (output, None)
+            value, aux = _checks.value_and_aux(output) if call.has_aux else (_checks.value(output), None)
             if isinstance(value, float | int):
                 value = jnp.asarray(value)
             return scaled(value), (value, aux)

@@ -7,8 +7,9 @@ here, once for all variants.
 import ast
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from optax_sam import _checks, _tree
 
 AxisName = str | tuple[str, ...]
 
+T = TypeVar("T")
+
 
 def _register(register: Callable[..., Any], kind: Any, **functions: Any) -> Any:
     """Registers a type under its name; under another where this process imports the package once more."""
@@ -30,7 +33,7 @@ def _register(register: Callable[..., Any], kind: Any, **functions: Any) -> Any:
     return kind
 
 
-def serializable(kind: Any) -> Any:
+def serializable(kind: type[T]) -> type[T]:
     """Lets `jax.export` write a named tuple, so that an exported step keeps its state."""
     return _register(export.register_namedtuple_serialization, kind)
 
@@ -51,6 +54,11 @@ class MadeBy:
     name: str = ""
     arguments: tuple[tuple[str, Any], ...] = ()
     precision: str | None = None
+
+    def __repr__(self) -> str:
+        """The call of the constructor, as far as it is known."""
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.arguments)
+        return f"{self.name}({arguments})" if self.name else "an unknown variant"
 
     def __eq__(self, other: object) -> bool:
         """Whether the other is a mark too."""
@@ -79,7 +87,7 @@ class _Pair(NamedTuple):
     clean: optax.Updates
     perturbed: optax.Updates
     statistics: Any = None
-    made_by: MadeBy = MadeBy()
+    made_by: Any = MadeBy()  # To a type checker a pair must pass as `optax.Updates`, a tree of arrays.
 
 
 class _NamesTheDoors(type):
@@ -112,6 +120,15 @@ class SAMGradients(_Pair, metaclass=_NamesTheDoors):
     """
 
     __slots__ = ()
+
+    def __repr__(self) -> str:
+        """What the pair is, and none of its many numbers."""
+        leaves = jax.tree.leaves(self.clean)
+        entries = sum(math.prod(np.shape(x)) for x in leaves)
+        count = f"{len(leaves)} leaves" if len(leaves) != 1 else "1 leaf"
+        return (
+            f"SAMGradients(clean and perturbed: {count} with {entries:,} entries each, by {self.made_by!r})"
+        )
 
 
 class Peers(NamedTuple):
@@ -238,6 +255,7 @@ class Loss:
       peers: Who evaluates the same step on other examples.
       measures: Whether displacements are wanted, each of which costs a norm.
       given: The clean pass, where it is known already.
+      climbs_apart: Whether `ascent` takes another gradient than `at`: a cheaper one, or of another loss.
     """
 
     params: optax.Params
@@ -246,6 +264,7 @@ class Loss:
     peers: Peers
     measures: bool = False
     given: Pass | None = None
+    climbs_apart: bool = False
 
     @property
     def _shares_ascent(self) -> bool:
@@ -344,14 +363,33 @@ class Loss:
                 f"{np.shape(when)} and dtype {jnp.result_type(when)}."
             )
             raise TypeError(msg)
-        if when is None or second is None:
-            evaluation = self._combine(first, second() if callable(second) else second, statistics)
-            return evaluation._replace(aux=first.aux)
 
         def paid() -> Evaluation:
             return self._combine(first, second() if callable(second) else second, statistics)
 
-        evaluation = _tree.cond_or_if(when, paid, lambda: self._combine(first, None, statistics))
+        if when is None or second is None:
+            return paid()._replace(aux=first.aux)
+        return self.pay_if(when, first, paid, statistics=statistics)
+
+    def pay_if(
+        self, when: jax.Array, first: Pass, paid: Callable[[], Evaluation], *, statistics: Any = None
+    ) -> Evaluation:
+        """What `paid` evaluates where `when` is true; elsewhere the first pass alone, as the pair.
+
+        Args:
+          when: A boolean scalar, alike on all peers.
+          first: The clean pass, with which `paid` begins too.
+          paid: `() -> evaluation`, with statistics like those given here.
+          statistics: As in `pair`.
+
+        Returns:
+          What an evaluation rule returns.
+        """
+
+        def stripped() -> Evaluation:
+            return paid()._replace(aux=None)  # That of the first pass, which stays outside.
+
+        evaluation = _tree.cond_or_if(when, stripped, lambda: self._combine(first, None, statistics))
         if self._is_averaged(first):
             # Keep the clean half out of the conditional, which would copy it.
             gradients = evaluation.gradients._replace(clean=first.gradient, statistics=statistics)

@@ -1,6 +1,7 @@
 """The variant's state: its type, how it is found in the state of an optimizer, and what is refused there."""
 
 import contextlib
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
@@ -244,21 +245,29 @@ def match_structure(state: SAMState, init: Callable[[], SAMState]) -> SAMState:
     if kinds[0] is not kinds[1] and any(hasattr(kind, "_fields") for kind in kinds):
         got, right = f"a {kinds[0].__name__}", f"a {kinds[1].__name__}"
     elif len(own) != len(leaves):
-        got, right = f"{len(own)} arrays", f"{len(leaves)}"
+        pairs = itertools.zip_longest(_paths(state), _paths(like), fillvalue="the end")
+        # `flax.nnx.Optimizer` boxes every array of its state: the path into the box is longer.
+        first = next(
+            right if len(own) < len(leaves) else got for got, right in pairs if not got.startswith(right)
+        )
+        got, right = f"{len(own)} arrays", f"{len(leaves)} (they differ first at {first})"
     else:
         shapes = [(np.shape(x), np.shape(y)) for x, y in zip(own, leaves, strict=True)]
-        wrong = [pair for pair in shapes if pair[0] != pair[1]]
-        if not wrong:
-            # `flax.nnx.Optimizer` boxes every array of its state: these are the same leaves, unboxed.
-            matched: SAMState = jax.tree.unflatten(structure, own)
+        wrong = next((i for i, (got, right) in enumerate(shapes) if got != right), None)
+        if wrong is None:
+            matched: SAMState = jax.tree.unflatten(structure, own)  # Unboxed.
             return matched._replace(rho=jnp.asarray(matched.rho, like.rho.dtype))
-        got, right = f"an array of shape {wrong[0][0]}", f"{wrong[0][1]}"
+        got, right = f"an array of shape {shapes[wrong][0]} at {_paths(like)[wrong]}", f"{shapes[wrong][1]}"
     msg = (
         f"`state` does not fit the variant and the params: it holds {got}, where `variant.init(params)` "
         f"makes {right}. Make it by the `init` of an optimizer with this variant, from the same params; "
         "inside `jax.shard_map` pass both whole (`in_specs=P()`)."
     )
     raise ValueError(msg)
+
+
+def _paths(tree: Any) -> list[str]:
+    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def has_holes(tree: Any) -> bool:

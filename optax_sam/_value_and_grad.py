@@ -1,13 +1,16 @@
 """`sam_value_and_grad`: evaluates what a variant needs, as `jax.value_and_grad` evaluates a gradient."""
 
+from __future__ import annotations
+
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, Unpack, cast, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from optax_sam import _checks, _tree
 from optax_sam._gradient import Call, Parts, TracedOnce, batch_size, gradient_at, in_loop
@@ -23,6 +26,7 @@ from optax_sam._loss import (
 )
 from optax_sam._shards import evaluate_shards
 from optax_sam._state import SAMState, find_state, holds_variant, injected_arguments, match_structure
+from optax_sam._types import AuxT, Perturbation, SAMOptions, SAMValueAndGrad, ShardMode
 from optax_sam._variant import SharpnessAwareTransformation, checked_evaluation, settle
 
 
@@ -59,6 +63,54 @@ class SAMMetrics(NamedTuple):
     rho: jax.Array
 
 
+@overload
+def sam_value_and_grad(
+    fun: Callable[..., Any],
+    variant: SharpnessAwareTransformation,
+    argnums: int | Sequence[int] = 0,
+    has_aux: Literal[False] = False,
+    *,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[SAMOptions],
+) -> SAMValueAndGrad[tuple[jax.Array, SAMGradients]]: ...
+
+
+@overload
+def sam_value_and_grad(
+    fun: Callable[..., Any],
+    variant: SharpnessAwareTransformation,
+    argnums: int | Sequence[int] = 0,
+    has_aux: Literal[False] = False,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[SAMOptions],
+) -> SAMValueAndGrad[tuple[jax.Array, SAMGradients, SAMMetrics]]: ...
+
+
+@overload
+def sam_value_and_grad(
+    fun: Callable[..., tuple[Any, AuxT]],
+    variant: SharpnessAwareTransformation,
+    argnums: int | Sequence[int] = 0,
+    has_aux: Literal[True] = ...,
+    *,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[SAMOptions],
+) -> SAMValueAndGrad[tuple[tuple[jax.Array, AuxT], SAMGradients]]: ...
+
+
+@overload
+def sam_value_and_grad(
+    fun: Callable[..., tuple[Any, AuxT]],
+    variant: SharpnessAwareTransformation,
+    argnums: int | Sequence[int] = 0,
+    has_aux: Literal[True] = ...,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[SAMOptions],
+) -> SAMValueAndGrad[tuple[tuple[jax.Array, AuxT], SAMGradients, SAMMetrics]]: ...
+
+
 def sam_value_and_grad(
     fun: Callable[..., Any],
     variant: SharpnessAwareTransformation,
@@ -67,15 +119,15 @@ def sam_value_and_grad(
     *,
     return_metrics: bool = False,
     axis_name: AxisName | None = None,
-    perturbation: str = "global",
+    perturbation: Perturbation = "global",
     num_shards: int | None = None,
-    shard_mode: str | int = "vmap",
+    shard_mode: ShardMode = "vmap",
     microbatch_size: int | None = None,
     ascent_examples: int | float | None = None,
-    ascent_dtype: Any = None,
+    ascent_dtype: DTypeLike | None = None,
     ascent_loss: Callable[..., Any] | None = None,
     batch_argnums: int | Sequence[int] | None = None,
-) -> Callable[..., Any]:
+) -> SAMValueAndGrad[Any]:
     r"""Like `jax.value_and_grad`, for a sharpness-aware variant.
 
     Args:
@@ -164,8 +216,7 @@ def sam_value_and_grad(
         call = Call(
             args, kwargs, params_at, np.ndim(cast("Any", argnums)) == 0, plan.batch_at, has_aux, loss_scale
         )
-        _check_call(call, state, argnums, batch_argnums)
-        _check_keywords(fun, call, state)
+        _check_call(fun, call, state, argnums, batch_argnums)
         _check_axis(axis_name)
         current, sam_state = _read_state(variant, state, call.params)
         params = varying(jax.tree.map(jnp.asarray, call.params), axis_name)
@@ -183,6 +234,7 @@ def sam_value_and_grad(
                 lambda point, cotangent: ascent(point, examples, cotangent),
                 peers,
                 measures=return_metrics or current.compares,
+                climbs_apart=any(option is not None for option in cheaper.values()),
             )
             return checked_evaluation(current.evaluate(loss, sam_state))
 
@@ -306,7 +358,7 @@ def _make_plan(
     return _Plan(num_shards or 1, rounds, parts, batch_at)
 
 
-def _check_call(call: Call, state: Any, argnums: Any, batch_argnums: Any) -> None:
+def _check_call(fun: Callable[..., Any], call: Call, state: Any, argnums: Any, batch_argnums: Any) -> None:
     if state is None:
         msg = "`state=` is missing: pass the optimizer's state by keyword, `state=opt_state`."
         raise TypeError(msg)
@@ -321,6 +373,7 @@ def _check_call(call: Call, state: Any, argnums: Any, batch_argnums: Any) -> Non
         )
         raise TypeError(msg)
     _checks.params(call.params)
+    _check_keywords(fun, call, state)
 
 
 def _check_keywords(fun: Callable[..., Any], call: Call, state: Any) -> None:
@@ -356,7 +409,7 @@ def _read_state(
         sam_state = sam_state._replace(rho=injected[variant.rho_name])
     if injected and variant.remake is not None:
         variant = variant.remake(**injected)
-    return variant, match_structure(sam_state, lambda: variant.init(params))
+    return variant, match_structure(sam_state, lambda: cast("SAMState", variant.init(params)))
 
 
 def _metrics(evaluation: Evaluation, grads: SAMGradients, rho: jax.Array, same_loss: bool) -> SAMMetrics:

@@ -1,9 +1,11 @@
 """The type of all variants, the function that builds one, and the doors of its `update`."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 import jax
@@ -42,28 +44,38 @@ class SharpnessAwareTransformation(optax.GradientTransformationExtraArgs):
       ascent_only: Whether the clean gradient serves the ascent alone, so that a cheaper one will do.
       compares: Whether the direction is made of both gradients.
       is_optimizer: Whether it is a whole optimizer: what it returns are updates, and no optimizer follows it.
+      rho: The radius that it was made with, a number or a schedule.
       rho_name: What the variant calls its radius.
+      begins_at_params: Whether its first pass is the gradient at params.
       made_by: The name and the arguments of its constructor, as its pairs of gradients carry them.
       remake: Makes it anew with some of the constructor's arguments replaced, or None.
+      describe: Gives the call of the constructor, for people to read, or None.
     """
 
     evaluate: Evaluate
     ascent_only: bool
     compares: bool
     is_optimizer: bool
+    rho: optax.ScalarOrSchedule
     rho_name: str
+    begins_at_params: bool
     made_by: MadeBy
-    remake: Callable[..., "SharpnessAwareTransformation"] | None
+    remake: Callable[..., SharpnessAwareTransformation] | None
+    describe: Callable[[], str] | None = None
 
-    def __new__(cls, init: Any, update: Any, **attributes: Any) -> "SharpnessAwareTransformation":
+    def __new__(cls, init: Any, update: Any, **attributes: Any) -> SharpnessAwareTransformation:
         """Builds the pair of functions and attaches the rest."""
         self = super().__new__(cls, init, update)
         self.__dict__.update(attributes)
         return self
 
+    def __repr__(self) -> str:
+        """The call of the constructor: `gsam(rho=0.05, alpha=0.4)`."""
+        return self.describe() if self.describe else f"{self.made_by.name}({self.rho_name}={self.rho!r})"
+
     if not TYPE_CHECKING:  # Which takes `_replace` of a named tuple for final.
 
-        def _replace(self, /, **kwargs: Any) -> "SharpnessAwareTransformation":
+        def _replace(self, /, **kwargs: Any) -> SharpnessAwareTransformation:
             """A copy with another `init` or `update`, and the same evaluation rule."""
             return type(self)(**{**self._asdict(), **kwargs}, **self.__dict__)
 
@@ -110,6 +122,7 @@ def constructor(function: Callable[P, T]) -> Callable[P, T]:
 
             constants = tuple((key, x) for key, x in bound.arguments.items() if _is_constant(x))
             variant.made_by, variant.remake = MadeBy(name, constants), remake
+            variant.describe = lambda: f"{name}({', '.join(_shown(signature, bound.arguments))})"
         return variant
 
     return make
@@ -132,6 +145,19 @@ def _is_constant(x: Any) -> bool:
     if isinstance(x, tuple):
         return all(map(_is_constant, cast("tuple[Any, ...]", x))) and type(x) is tuple
     return isinstance(x, bool | int | float | str)
+
+
+def _shown(signature: inspect.Signature, arguments: Mapping[str, Any]) -> Iterator[str]:
+    """Arguments as in a call: numbers always, others where they are not the default."""
+    for name, x in arguments.items():
+        default = signature.parameters[name].default
+        is_number = isinstance(x, int | float) and not isinstance(x, bool)
+        if not is_number and (x is default or (_is_constant(x) and x == default)):
+            continue
+        text = repr(x)
+        if len(text) > 100 or " at 0x" in text:
+            text = f"<{getattr(x, '__name__', type(x).__name__)}>"
+        yield f"{name}={text}"
 
 
 def _refuse_pair_of_another(evaluated: MadeBy, chained: MadeBy) -> None:
@@ -167,7 +193,8 @@ def value_at(value: Any, step: jax.Array) -> Any:
 
 
 def as_arrays(params: Any) -> Any:
-    """Params with arrays in place of plain numbers. Abstract arrays stay as they are."""
+    """Params, checked, with arrays in place of plain numbers. Abstract arrays stay as they are."""
+    _checks.params(params)
     return jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x), params)
 
 
@@ -350,8 +377,7 @@ def _checked_descent(result: Any, memory: Any, like: Any) -> tuple[Any, Any]:
     if jax.tree.structure(new) != jax.tree.structure(memory):
         msg = (
             "The memory that `descent` returns must have the structure of what `init_memory` makes (without "
-            f"one: return `state.memory`), got\n  {jax.tree.structure(new)}\nwhere the state holds\n  "
-            f"{jax.tree.structure(memory)}."
+            f"one: return `state.memory`), got {_checks.difference(new, memory, 'the state holds')}."
         )
         raise ValueError(msg)
     return direction, new
@@ -424,6 +450,7 @@ def sharpness_aware(
     compares: bool | None = None,
     guards_memory: bool = False,
     is_optimizer: bool = False,
+    begins_at_params: bool = True,
     rho_name: str = "rho",
 ) -> SharpnessAwareTransformation:
     r"""Builds a sharpness-aware variant from a few small functions.
@@ -458,6 +485,8 @@ def sharpness_aware(
       guards_memory: Whether `descent` itself keeps the memory finite.
       is_optimizer: Whether `descent` returns updates, learning rate and sign included: a whole optimizer,
         after which `sam_value_and_grad` refuses another.
+      begins_at_params: Whether the first pass is `loss.ascent()`, the gradient at params. Without one there
+        is no plain step, and `gated` refuses the variant.
       rho_name: What the constructor calls the radius, for messages and for `optax.inject_hyperparams`.
 
     Returns:
@@ -491,11 +520,9 @@ def sharpness_aware(
         ascent_only = descent is None and evaluate is None and when is None
     if compares is None:
         compares = descent is not None and not ascent_only
-    takes_extra_args = _takes_extra_args(descent)
 
     def init(params: optax.Params) -> SAMState:
         params = as_arrays(params)
-        _checks.params(params)
         memory = () if init_memory is None else init_memory(params)
         if not is_optimizer:  # Whose base optimizer keeps the dtypes that it likes.
             memory = _tree.upcast_floats(memory)
@@ -524,7 +551,8 @@ def sharpness_aware(
         if descent is None:
             direction, memory = gradients.perturbed, state.memory
         else:
-            result = descent(gradients, state, params, **(extra_args if takes_extra_args else {}))
+            extra_args = extra_args if _takes_extra_args(descent) else {}
+            result = descent(gradients, state, params, **extra_args)
             direction, memory = _checked_descent(result, state.memory, like)
         if jax.tree.leaves(memory) and not guards_memory:
             memory = _tree.keep_finite(memory, state.memory)
@@ -539,7 +567,9 @@ def sharpness_aware(
         ascent_only=ascent_only,
         compares=compares,
         is_optimizer=is_optimizer,
+        rho=rho,
         rho_name=rho_name,
+        begins_at_params=begins_at_params,
         made_by=MadeBy("sharpness_aware"),
         remake=None,
     )

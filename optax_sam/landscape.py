@@ -8,6 +8,8 @@ A picture shows only one or two dimensions out of very many. Directions that are
 the scale of the weights as much as flatness. Compare two pictures only on the same scales.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast

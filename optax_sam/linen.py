@@ -1,12 +1,84 @@
 """The door for `flax.training.dynamic_scale`: loss scaling that finds its own scale."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol, TypeVar, Unpack, overload
+
+import jax
 import jax.numpy as jnp
 
 from optax_sam import _tree, _value_and_grad
+from optax_sam._loss import AxisName, SAMGradients
+from optax_sam._types import AuxT, OptionsButAxis, OutputT
+from optax_sam._value_and_grad import SAMMetrics
 from optax_sam._variant import SharpnessAwareTransformation
+
+ScaleT = TypeVar("ScaleT")
+
+
+class ScaledValueAndGrad(Protocol[OutputT]):
+    """What `dynamic_scale_value_and_grad` returns: a function that asks for the optimizer's state."""
+
+    def __call__(self, *args: Any, state: Any, **kwargs: Any) -> OutputT:
+        """The new scale, whether all is finite, the value of the loss and the pair of gradients."""
+        ...
+
+
+@overload
+def dynamic_scale_value_and_grad(
+    dynamic_scale: ScaleT,
+    fun: Callable[..., Any],
+    variant: SharpnessAwareTransformation,
+    argnums: int | Sequence[int] = 0,
+    has_aux: Literal[False] = False,
+    axis_name: AxisName | None = None,
+    *,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[OptionsButAxis],
+) -> ScaledValueAndGrad[tuple[ScaleT, jax.Array, jax.Array, SAMGradients]]: ...
+
+
+@overload
+def dynamic_scale_value_and_grad(
+    dynamic_scale: ScaleT,
+    fun: Callable[..., Any],
+    variant: SharpnessAwareTransformation,
+    argnums: int | Sequence[int] = 0,
+    has_aux: Literal[False] = False,
+    axis_name: AxisName | None = None,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[OptionsButAxis],
+) -> ScaledValueAndGrad[tuple[ScaleT, jax.Array, jax.Array, SAMGradients, SAMMetrics]]: ...
+
+
+@overload
+def dynamic_scale_value_and_grad(
+    dynamic_scale: ScaleT,
+    fun: Callable[..., tuple[Any, AuxT]],
+    variant: SharpnessAwareTransformation,
+    argnums: int | Sequence[int] = 0,
+    has_aux: Literal[True] = ...,
+    axis_name: AxisName | None = None,
+    *,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[OptionsButAxis],
+) -> ScaledValueAndGrad[tuple[ScaleT, jax.Array, tuple[jax.Array, AuxT], SAMGradients]]: ...
+
+
+@overload
+def dynamic_scale_value_and_grad(
+    dynamic_scale: ScaleT,
+    fun: Callable[..., tuple[Any, AuxT]],
+    variant: SharpnessAwareTransformation,
+    argnums: int | Sequence[int] = 0,
+    has_aux: Literal[True] = ...,
+    axis_name: AxisName | None = None,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[OptionsButAxis],
+) -> ScaledValueAndGrad[tuple[ScaleT, jax.Array, tuple[jax.Array, AuxT], SAMGradients, SAMMetrics]]: ...
 
 
 def dynamic_scale_value_and_grad(
@@ -15,9 +87,9 @@ def dynamic_scale_value_and_grad(
     variant: SharpnessAwareTransformation,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
-    axis_name: Any = None,
+    axis_name: AxisName | None = None,
     **options: Any,
-) -> Callable[..., Any]:
+) -> ScaledValueAndGrad[Any]:
     """Like `dynamic_scale.value_and_grad`, for a sharpness-aware variant.
 
     The loss is multiplied by the scale in both passes, both gradients are divided by it before the

@@ -1,12 +1,16 @@
 """Losses of outputs that methods beside SAM's own add, or climb along."""
 
+from __future__ import annotations
+
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
 from optax_sam import _checks
 
 
-def bisam(logits: jax.Array, labels: jax.Array, *, form: str = "log") -> jax.Array:
+def bisam(logits: jax.Array, labels: jax.Array, *, form: Literal["log", "tanh"] = "log") -> jax.Array:
     r"""The objective along which BiSAM climbs: a smooth lower bound of the 0-1 loss, times mu.
 
     .. math::

@@ -1,9 +1,11 @@
 """The door for Flax NNX: `sam_value_and_grad` for models that hold their own state."""
 
+from __future__ import annotations
+
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Literal, Unpack, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +13,59 @@ import jax.numpy as jnp
 from optax_sam import _checks, _value_and_grad
 from optax_sam._loss import MadeBy, SAMGradients
 from optax_sam._state import SAMState
+from optax_sam._types import AuxT, SAMOptions, SAMValueAndGrad
+from optax_sam._value_and_grad import SAMMetrics
 from optax_sam._variant import SharpnessAwareTransformation
 
 _TAG = "optax_sam"  # Under which NNX remembers which object within the loss is which one outside.
+
+
+@overload
+def sam_value_and_grad(
+    fun: Callable[..., Any],
+    variant: SharpnessAwareTransformation,
+    argnums: Any = 0,
+    has_aux: Literal[False] = False,
+    *,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[SAMOptions],
+) -> SAMValueAndGrad[tuple[jax.Array, SAMGradients]]: ...
+
+
+@overload
+def sam_value_and_grad(
+    fun: Callable[..., Any],
+    variant: SharpnessAwareTransformation,
+    argnums: Any = 0,
+    has_aux: Literal[False] = False,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[SAMOptions],
+) -> SAMValueAndGrad[tuple[jax.Array, SAMGradients, SAMMetrics]]: ...
+
+
+@overload
+def sam_value_and_grad(
+    fun: Callable[..., tuple[Any, AuxT]],
+    variant: SharpnessAwareTransformation,
+    argnums: Any = 0,
+    has_aux: Literal[True] = ...,
+    *,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[SAMOptions],
+) -> SAMValueAndGrad[tuple[tuple[jax.Array, AuxT], SAMGradients]]: ...
+
+
+@overload
+def sam_value_and_grad(
+    fun: Callable[..., tuple[Any, AuxT]],
+    variant: SharpnessAwareTransformation,
+    argnums: Any = 0,
+    has_aux: Literal[True] = ...,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[SAMOptions],
+) -> SAMValueAndGrad[tuple[tuple[jax.Array, AuxT], SAMGradients, SAMMetrics]]: ...
 
 
 def sam_value_and_grad(
@@ -22,9 +74,9 @@ def sam_value_and_grad(
     argnums: Any = 0,
     has_aux: bool = False,
     *,
-    batch_argnums: int | Sequence[int] | None = None,
-    **options: Any,
-) -> Callable[..., Any]:
+    return_metrics: bool = False,
+    **options: Unpack[SAMOptions],
+) -> SAMValueAndGrad[Any]:
     """Like `flax.nnx.value_and_grad`, for a sharpness-aware variant.
 
     The loss takes NNX objects: the model, and perhaps an `nnx.Rngs`, metrics and the like, by position
@@ -43,7 +95,7 @@ def sam_value_and_grad(
         `nnx.DiffState(position, filter)`. Arrays and variables that lie in it outside of modules are params
         too. With several positions, params are the tuple of their states.
       has_aux: Whether `fun` returns a pair.
-      batch_argnums: Which positional arguments are batches; see `optax_sam.sam_value_and_grad`.
+      return_metrics: Whether to return `SAMMetrics` as a third output.
       **options: All other options of `optax_sam.sam_value_and_grad`. With `num_shards` or
         `microbatch_size` the floating-point variables that the loss changes are averaged over the
         parts, random counters move as in one pass, and any other changed variable is refused.
@@ -89,7 +141,7 @@ def sam_value_and_grad(
 
     filters = _filters(nnx, argnums)
     positions = tuple(filters) if isinstance(argnums, tuple | list) else next(iter(filters))
-    settings: dict[str, Any] = {"argnums": positions, "batch_argnums": batch_argnums, **options}
+    settings: dict[str, Any] = {"argnums": positions, "return_metrics": return_metrics, **options}
     _value_and_grad.sam_value_and_grad(fun, variant, has_aux=has_aux, **settings)  # Checks what was given.
     _refuse_method(nnx, fun)
     in_parts = any(settings.get(name) is not None for name in ("num_shards", "microbatch_size"))
@@ -227,7 +279,7 @@ def _pure(
             trees[i] = _map_nodes(nnx, join, nodes[0][i], args[i])
         objects = nnx.from_tree((tuple(trees), nodes[1]), ctxtag=_TAG, is_inner=True)
         output = fun(*objects[0], **objects[1])
-        value, aux = _checks.value_and_aux(output) if has_aux else (output, None)
+        value, aux = _checks.value_and_aux(output) if has_aux else (_checks.value(output), None)
         after, aux = nnx.to_tree((nnx.extract.clear_non_graph_nodes(objects), aux), ctxtag=_TAG)
         # What the loss left alone need not be returned, nor be rounded by an average or by `ascent_dtype`.
         after = jax.tree.map(lambda x: kept.get(id(x), x), after)
@@ -292,7 +344,7 @@ class _Field(str):
 
     made_by: MadeBy
 
-    def __new__(cls, name: str, made_by: MadeBy) -> "_Field":
+    def __new__(cls, name: str, made_by: MadeBy) -> _Field:
         """The name with the mark on it."""
         self = super().__new__(cls, name)
         self.made_by = made_by
@@ -316,6 +368,6 @@ class _Gradients(SAMGradients):
         ], self.made_by
 
     @classmethod
-    def tree_unflatten(cls, made_by: MadeBy, children: Any) -> "_Gradients":
+    def tree_unflatten(cls, made_by: MadeBy, children: Any) -> _Gradients:
         """The pair again."""
-        return cls(*children, made_by)
+        return cls(*children, made_by=made_by)

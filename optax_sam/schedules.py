@@ -1,14 +1,48 @@
 """Schedules of the radius that Optax lacks.
 
-Any Optax schedule is a schedule of the radius too; `optax.warmup_constant_schedule(0.0, 0.05, 500)` warms
-it up.
+Any Optax schedule is a schedule of the radius too.
 """
+
+from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from optax_sam import _checks
+
+
+def warmup(rho: optax.ScalarOrSchedule, steps: int) -> optax.Schedule:
+    r"""A radius that grows from 0, in a straight line, for the first steps.
+
+    .. math::
+      \rho_t = \rho \min(1, t / \mathrm{steps})
+
+    Early in training, gradients are large and change fast, and a radius that suits later can then stop the
+    network from learning at all. The first step, with a radius of 0, is that of the base optimizer.
+
+    Args:
+      rho: The radius after the warm-up; >= 0. A schedule is multiplied by the factor.
+      steps: How many steps the warm-up takes; >= 1. A tenth to a third of all steps is usual.
+
+    Returns:
+      A schedule: a function of the step.
+
+    Examples:
+      >>> import optax_sam
+      >>> rho = optax_sam.schedules.warmup(0.2, 100)
+      >>> print([f"{rho(step):.2f}" for step in (0, 25, 100, 500)])
+      ['0.00', '0.05', '0.20', '0.20']
+      >>> variant = optax_sam.sam(rho)
+    """
+    _checks.scalar_or_schedule("rho", rho)
+    _checks.number("steps", steps, low=1, integer=True)
+
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+        target = rho(step) if callable(rho) else rho
+        return jnp.asarray(target) * jnp.minimum(1.0, jnp.asarray(step) / steps)
+
+    return schedule
 
 
 def rho_from_learning_rate(

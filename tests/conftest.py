@@ -2,6 +2,7 @@
 
 import collections
 import gc
+import importlib
 import os
 import random
 from collections.abc import Iterator
@@ -32,6 +33,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" not in os.environ:
         options = os.environ.get("XLA_FLAGS", "") if config.option.as_users else quick.flags()
         os.environ["XLA_FLAGS"] = f"{options} --xla_force_host_platform_device_count=8".strip()
+
+
+def pytest_collection() -> None:
+    """Imports the package whole, before a doctest imports one of its files a second time."""
+    importlib.import_module("optax_sam")
 
 
 @pytest.hookimpl(optionalhook=True)

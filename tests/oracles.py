@@ -318,6 +318,51 @@ def msam(grad: Any, w: Any, t: int, memory: Any, *, rho: float, rate: float, mom
     return -rate * velocity, velocity
 
 
+def msam_along_update(
+    grad: Any, w: Any, t: int, memory: Any, *, rho: float, rate: float, momentum: float
+) -> Any:
+    """The point further along the last update, here that of momentum."""
+    velocity, update = (np.zeros_like(w),) * 2 if t == 0 else np.split(memory, 2)
+    velocity = momentum * velocity + grad(w + rho * unit(update))
+    return -rate * velocity, np.concatenate([velocity, -rate * velocity])
+
+
+def gated(grad: Any, w: Any, t: int, memory: Any, *, rule: Any, is_open: Any, shut: Any = None) -> Any:
+    """A rule in its open steps, which it counts; elsewhere the gradient, or what an optimizer makes of it."""
+    count, inner = (0, None) if t == 0 else (int(memory[-1]), memory[:-1])
+    if is_open(t):
+        direction, inner = rule(grad, w, count, inner if count else None)
+        return direction, np.append([] if inner is None else inner, count + 1)
+    direction, inner = (grad(w), inner) if shut is None else shut(grad, w, t, inner)
+    return direction, np.append(inner, count)
+
+
+def momentum_sgd(grad: Any, w: Any, t: int, memory: Any, *, rate: float, momentum: float) -> Any:
+    """Heavy ball."""
+    velocity = momentum * (0.0 if t == 0 else memory) + grad(w)
+    return -rate * velocity, velocity
+
+
+def ae_sam(grad: Any, w: Any, t: int, memory: Any, *, rho: float, threshold: float, decay: float) -> Any:
+    """Jiang et al.: SAM where the squared norm is large for its moving mean and deviation."""
+    mean, variance, count = (0.0, 0.0, 0) if t == 0 else memory
+    g = grad(w)
+    mean = decay * mean + (1 - decay) * g @ g
+    variance = decay * variance + (1 - decay) * (g @ g - mean) ** 2
+    is_open = g @ g >= mean + threshold * np.sqrt(variance)
+    direction = grad(w + rho * unit(g)) if is_open else g
+    return direction, np.array([mean, variance, count + is_open])
+
+
+def weight_noise(grad: Any, w: Any, t: int, memory: Any, *, noise: Any, scale: float, mix: float) -> Any:
+    """Li et al.: noise of each output's weights by their norm, and of a vector or scalar by its own."""
+    bias, kernel = w[:4], w[4:16].reshape(3, 4)
+    columns = np.broadcast_to(np.linalg.norm(kernel, axis=0), (3, 4)).ravel()
+    sizes = np.concatenate([np.full(4, np.linalg.norm(bias)), columns, np.abs(w[16:])])
+    clean = grad(w) if mix < 1 else 0.0
+    return mix * grad(w + scale * sizes * noise[t]) + (1 - mix) * clean, memory
+
+
 def checkpoint(r: np.ndarray) -> np.ndarray:
     """The class, from 0, of ratios that are neither 0 nor of size 1."""
     return np.select([r > 1, (r > 0) & (r < 1), r < -1, (r < 0) & (r > -1)], [0, 1, 2, 3], default=99)
@@ -389,6 +434,27 @@ ORACLES: dict[str, Callable[..., Any]] = {
     "preconditioned_sam": functools.partial(preconditioned_sam, rho=0.1, power=0.4, decay=0.9),
     "sam_sps": functools.partial(sam_sps, rho=0.1, most=0.2, decay=0.01),
     "msam": functools.partial(msam, rho=0.1, rate=0.01, momentum=0.9),
+    "msam_along_update": functools.partial(msam_along_update, rho=0.1, rate=0.01, momentum=0.9),
+    "gated_sam": functools.partial(gated, rule=functools.partial(sam, rho=0.1), is_open=lambda t: t % 3 == 0),
+    "gated_looksam": functools.partial(
+        gated,
+        rule=functools.partial(looksam, rho=0.1, k=2, alpha=0.7, parts=(slice(None),)),
+        is_open=lambda t: t % 2 == 0,
+    ),
+    "gated_friendly_sam": functools.partial(
+        gated,
+        rule=functools.partial(friendly_sam, rho=0.1, sigma=0.8, decay=0.7),
+        is_open=lambda t: t % 3 < 2,
+    ),
+    "gated_decoupled_wsam": functools.partial(
+        gated,
+        rule=functools.partial(decoupled_wsam, rho=0.1, gamma=0.6, rate=0.01, momentum=0.9),
+        is_open=lambda t: t % 2 == 0,
+        shut=functools.partial(momentum_sgd, rate=0.01, momentum=0.9),
+    ),
+    "ae_sam": functools.partial(ae_sam, rho=0.1, threshold=0.2, decay=0.6),
+    "weight_noise": functools.partial(weight_noise, scale=0.1, mix=1.0),
+    "weight_noise_mixed": functools.partial(weight_noise, scale=0.1, mix=0.4),
     "same": functools.partial(same, rho=0.1, gains=(2.0, 0.5, 1.5, 0.0), clean_gains=(0.0, 0.5, 0.0, 1.0)),
     "custom_same": functools.partial(same, rho=0.1, gains=(2.0, 1.0, 0.5, 2.0)),
     "saner": functools.partial(same, rho=0.1, gains=(1.0, 0.5, 1.0, 1.0)),

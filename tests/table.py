@@ -109,7 +109,30 @@ def _row(
     return Row(name, constructor, kwargs or {}, **fields)
 
 
-_ASCENT = optax_sam.ascent
+_ASCENT, _GATES = optax_sam.ascent, optax_sam.gates
+
+
+def gated_sam(rho: Any = 0.1) -> Any:
+    """SAM every third step."""
+    return optax_sam.gated(optax_sam.sam(rho), _GATES.every(3))
+
+
+def gated_looksam(rho: Any = 0.1) -> Any:
+    """LookSAM every second step, with a period of two: every fourth step takes a second gradient."""
+    return optax_sam.gated(optax_sam.looksam(rho, k=2, alpha=0.7), _GATES.every(2))
+
+
+def gated_friendly_sam(rho: Any = 0.1) -> Any:
+    """F-SAM in two of three steps: its memory begins and rests."""
+    gate = _GATES.every(3) | _GATES.Gate(lambda now, memory: (now.step % 3 == 1, memory))
+    return optax_sam.gated(optax_sam.friendly_sam(rho, sigma=0.8, decay=0.7), gate)
+
+
+def gated_decoupled_wsam(rho: Any = 0.1) -> Any:
+    """A whole optimizer every second step."""
+    variant = optax_sam.decoupled_wsam(optax.sgd(0.01, momentum=0.9), 0.01, rho=rho, gamma=0.6)
+    return optax_sam.gated(variant, _GATES.every(2))
+
 
 ROWS = (
     _row("sam", optax_sam.sam, kwargs={"rho": 0.1}),
@@ -267,6 +290,61 @@ ROWS = (
         scale_invariant=False,
         clean_at_params=False,
     ),
+    _row("gated_sam", gated_sam, kwargs={"rho": 0.1}, evaluations=(2, 1, 1), memory_scalars=1),
+    _row(
+        "gated_looksam",
+        gated_looksam,
+        algebra=40,
+        kwargs={"rho": 0.1},
+        evaluations=(2, 1, 1, 1),
+        memory_copies=1,
+        memory_scalars=2,
+    ),
+    _row(
+        "gated_friendly_sam",
+        gated_friendly_sam,
+        kwargs={"rho": 0.1},
+        evaluations=(2, 2, 1),
+        memory_copies=1,
+        memory_scalars=1,
+    ),
+    _row(
+        "gated_decoupled_wsam",
+        gated_decoupled_wsam,
+        kwargs={"rho": 0.1},
+        whole_optimizer=True,
+        evaluations=(2, 1),
+        memory_copies=1,
+        memory_scalars=1,
+    ),
+    _row(
+        "ae_sam",
+        optax_sam.ae_sam,
+        kwargs={"rho": 0.1, "threshold": 0.2, "decay": 0.6},
+        evaluations=(1, 2),
+        evaluates_by_data=True,
+        memory_scalars=3,
+    ),
+    _row(
+        "weight_noise",
+        optax_sam.weight_noise,
+        algebra=125,
+        kwargs={"scale": 0.1, "key": 3},
+        evaluations=(1,),
+        radius="scale",
+        divides_by_norm=False,
+        static_args=("key", "mix", "output_axis"),
+        clean_at_params=False,
+    ),
+    _row(
+        "weight_noise_mixed",
+        optax_sam.weight_noise,
+        algebra=125,
+        kwargs={"scale": 0.1, "mix": 0.4, "key": 4},
+        radius="scale",
+        divides_by_norm=False,
+        static_args=("key", "mix", "output_axis"),
+    ),
     _row(
         "looksam",
         optax_sam.looksam,
@@ -336,6 +414,16 @@ ROWS = (
         memory_copies=1,
     ),
     _row(
+        "msam_along_update",
+        optax_sam.msam,
+        algebra=40,
+        divides_by_norm=False,
+        kwargs={"base_optimizer": optax.sgd(0.01, momentum=0.9), "rho": 0.1, "along": "update"},
+        whole_optimizer=True,
+        evaluations=(1,),
+        memory_copies=2,
+    ),
+    _row(
         "same",
         optax_sam.same,
         algebra=30,
@@ -382,8 +470,10 @@ def first(**fields: Any) -> Row:
     return next(row for row in ROWS if all(getattr(row, name) == value for name, value in fields.items()))
 
 
-# One row of each constructor, for tests of what its options do not touch.
-VARIANTS = tuple({row.constructor: row for row in reversed(ROWS)}.values())
+# One row of each public constructor, for tests of what its options do not touch.
+VARIANTS = tuple(
+    {row.constructor: row for row in reversed(ROWS) if row.constructor.__module__ != __name__}.values()
+)
 
 
 def params(dtype: Any = jnp.float32, seed: int = 0) -> dict[str, Any]:
@@ -407,6 +497,22 @@ def loss(params: Any, batch: Any) -> jax.Array:
 def batch(size: int = 8, dtype: Any = jnp.float32, seed: int = 1) -> jax.Array:
     """Examples for `loss`."""
     return jax.random.normal(jax.random.key(seed), (size, 3), jnp.float32).astype(dtype)
+
+
+def deciding_alike(fun: Any, params: Any, parts: Any) -> type[optax_sam.Loss]:
+    """A `Loss` for one part after the other, whose `mean` knows the squared norms of all clean gradients."""
+
+    def squared_norm(part: Any) -> jax.Array:
+        return sum(jnp.sum(g**2) for g in jax.tree.leaves(jax.grad(fun)(params, part)))
+
+    told = jnp.mean(jax.lax.map(squared_norm, parts))
+
+    class Alike(optax_sam.Loss):
+        def mean(self, x: Any) -> jax.Array:
+            del x
+            return told
+
+    return Alike
 
 
 def train(step: Any, tx: Any, steps: int) -> Any:

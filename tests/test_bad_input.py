@@ -1,6 +1,6 @@
 """Bad input is refused in words: each message names the argument, what was got, and what to write."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import table
 from flax import nnx
 
 import optax_sam
+from optax_sam import _checks
 
 SAM = optax_sam.sam(0.1)
 PARAMS = table.params()
@@ -253,6 +254,9 @@ CONSTRUCTORS: list[tuple[Any, type[Exception], str]] = [
         ValueError,
         r"`rho_max` must be a number in the range \[0.6, inf\), got 0.5",
     ),
+    (lambda: optax_sam.schedules.warmup(-0.1, 10), ValueError, r"`rho` must be a number in the range \[0.0"),
+    (lambda: optax_sam.schedules.warmup(0.1, 0), ValueError, r"`steps` must be an integer in the range \[1"),
+    (lambda: optax_sam.schedules.warmup(0.1, 2.5), ValueError, r"`steps` must be an integer"),  # pyright: ignore
 ]
 
 
@@ -303,7 +307,12 @@ CALLS: list[tuple[Any, type[Exception], str]] = [
             LOOKSAM, state=optax.tree.map_params(LOOKSAM, lambda x: x[:1], LOOKSAM.init(VECTOR))
         ),
         ValueError,
-        r"`state` does not fit .*\(1,\).*in_specs=P\(\)",
+        r"`state` does not fit .*\(1,\) at \.memory\.orthogonal\['layer'\]\['bias'\].*in_specs=P\(\)",
+    ),
+    (
+        lambda: evaluate(LOOKSAM, state=LOOKSAM.init({"layer": PARAMS["layer"]})),
+        ValueError,
+        r"holds 5 arrays, where .* makes 6 \(they differ first at \.memory\.orthogonal\['scale'\]\)",
     ),
     (lambda: evaluate(perturbation="globl"), ValueError, "`perturbation` must be one of 'global', 'local'"),
     (lambda: evaluate(perturbation="local"), ValueError, "`perturbation='local'` needs `axis_name=`"),
@@ -325,7 +334,7 @@ CALLS: list[tuple[Any, type[Exception], str]] = [
     (
         lambda: evaluate(optax_sam.sam(ascent=optax_sam.ascent.masked({"layers": True}))),
         ValueError,
-        "`mask` must be a pytree of booleans with the structure of params",
+        r"`mask` must be a pytree of booleans with .* got nothing at \['layer'\], where params have a dict\.",
     ),
     (
         lambda: evaluate(state=SAM.init(PARAMS), params={"n": jnp.arange(3)}),
@@ -365,7 +374,7 @@ UPDATES: list[tuple[Any, type[Exception], str]] = [
     (
         lambda: update(optax_sam.SAMGradients(PARAMS, SMALLER)),
         ValueError,
-        "The perturbed gradient must have the structure of params",
+        r"The perturbed gradient .*, got nothing at \['scale'\], where params have an array of shape \(\)",
     ),
     (
         lambda: update(optax_sam.SAMGradients(SMALLER, PARAMS)),
@@ -473,3 +482,39 @@ def test_transformations_before_the_variant() -> None:
         tx = optax.chain(before, variant)
         with pytest.raises(Exception, match=r"(?i)structure|mismatch|prefix|arity|custom node|named tuple"):
             tx.update(grads, tx.init(params), params)
+
+
+ARRAY = jnp.ones(3)
+
+
+class Point(NamedTuple):
+    x: Any
+    y: Any
+
+
+TREES: list[tuple[Any, Any, str]] = [
+    ({"a": ARRAY}, {"a": ARRAY, "b": ARRAY}, "nothing at ['b'], where params have an array of shape (3,)"),
+    ({"a": ARRAY, "b": {}}, {"a": ARRAY}, "a dict at ['b'], where params have nothing"),
+    ({"a": [ARRAY]}, {"a": (ARRAY,)}, "a list at ['a'], where params have a tuple"),
+    ({"a": [ARRAY]}, {"a": [ARRAY, ARRAY]}, "nothing at ['a'][1], where params have an array of shape (3,)"),
+    ({"a": None}, {"a": ARRAY}, "None at ['a'], where params have an array of shape (3,)"),
+    ({"a": ARRAY}, {"a": {"b": ARRAY}}, "an array of shape (3,) at ['a'], where params have a dict"),
+    (Point(1, {"z": 2}), Point(1, {"z": (2,)}), "an int at .y['z'], where params have a tuple"),
+    (Point(1, 2), (1, 2), "nothing at [0], where params have an int"),
+    (ARRAY, (), "an array of shape (3,) at the top, where params have a tuple"),
+    (jnp.ones(2), ARRAY, ""),  # Shapes are another question.
+]
+
+
+@pytest.mark.parametrize(("tree", "params", "words"), TREES)
+def test_trees_that_differ(tree: Any, params: Any, words: str) -> None:
+    """The first leaf that differs, by its path; an empty text only where the structures are the same."""
+    assert _checks.difference(tree, params, "params have") == words
+    assert (words == "") == (jax.tree.structure(tree) == jax.tree.structure(params))
+
+
+def test_messages_about_large_trees_are_short() -> None:
+    layers = [{"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)} for _ in range(100)]
+    with pytest.raises(ValueError, match=r"got nothing at \[99\]\['bias'\], where params have") as caught:
+        SAM.update(optax_sam.SAMGradients(layers, [*layers[:99], {"kernel": 1}]), SAM.init(layers), layers)
+    assert len(str(caught.value)) < 300

@@ -156,7 +156,9 @@ DISPLACED = [row for row in ROWS if row.clean_at_params and not row.product]
 def test_points_in_half_precision_are_rounded_once(row: Row) -> None:
     """The first perturbed point of params in bfloat16 is that of the same params in float32, rounded: had the
     perturbation been rounded before it was added, some of its 4,096 entries would differ."""
-    variant = row.make(**{row.radius: 5.0})
+    # An optimizer whose first update is exact in both.
+    base = {"base_optimizer": optax.sgd(0.5, momentum=0.5)} if "base_optimizer" in row.kwargs else {}
+    variant = row.make(**{row.radius: 5.0}, **base)
     params, gradient = (jax.random.normal(jax.random.key(i), (4096,), jnp.bfloat16) for i in range(2))
 
     def first_displaced(dtype: Any) -> Any:
@@ -585,7 +587,7 @@ SCHEDULED = [
     pytest.param(row, name, id=f"{row.name}-{name}")
     for row in ROWS
     for name in row.kwargs.keys() - {row.radius}
-    if inspect.signature(row.constructor).parameters[name].annotation
+    if inspect.signature(row.constructor, eval_str=True).parameters[name].annotation
     in (optax.ScalarOrSchedule, optax.ScalarOrSchedule | None)
 ]
 

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 from typing import Any
 
 import chex
@@ -230,12 +231,7 @@ def test_injected_steps_are_refused() -> None:
     optax.inject_hyperparams(optax_sam.sam)(rho=0.1).init(table.params())
 
 
-TAKE_RULES = [
-    row
-    for row in table.VARIANTS
-    # Whose file is under another's hands.
-    if "ascent" in inspect.signature(row.constructor).parameters and row.name != "msam"
-]
+TAKE_RULES = [row for row in table.VARIANTS if "ascent" in inspect.signature(row.constructor).parameters]
 
 
 @pytest.mark.parametrize("row", TAKE_RULES, ids=lambda row: row.name)
@@ -725,3 +721,30 @@ def test_a_gate_leaves_the_second_gradient_out() -> None:
         chex.assert_trees_all_close(grads.perturbed, expected, rtol=1e-5, atol=1e-6)
         assert np.isnan(metrics.perturbed_loss) == (i % 2 == 1)
         np.testing.assert_allclose(metrics.perturbation_norm, 0.1 * (i % 2 == 0), rtol=1e-5)
+
+
+def test_a_variant_says_what_it_is() -> None:
+    """The call of its constructor: numbers always, anything else where it is not the default."""
+    texts = {
+        "gsam(rho=0.05, alpha=0.4)": optax_sam.gsam(),
+        "gsam(rho=0.1, alpha=0.4, objective='clean')": optax_sam.gsam(jnp.float32(0.1), objective="clean"),
+        "sam(rho=<schedule>, steps=3)": optax_sam.sam(optax.linear_schedule(0.0, 0.1, 9), steps=3),
+        "sam(rho=0.05, ascent=<AscentRule>)": optax_sam.sam(ascent=ascent.absolute()),
+        "sharpness_aware(rho=0.2)": optax_sam.sharpness_aware(0.2),
+        "gated(sam(rho=0.05), every(2))": optax_sam.gated(optax_sam.sam(), optax_sam.gates.every(2)),
+    }
+    for text, variant in texts.items():
+        assert repr(variant).replace("0.10000000149011612", "0.1") == text
+        assert repr(variant._replace(init=variant.init)) == repr(variant)
+    seen = []
+    jax.jit(lambda rho: seen.append(repr(optax_sam.gsam(rho))))(0.1)
+    assert re.fullmatch(r"gsam\(rho=.*Tracer.*, alpha=0\.4\)", seen[0])
+
+
+def test_a_pair_says_what_it_is_and_prints_no_array() -> None:
+    text = repr(evaluated(optax_sam.gsam(0.1)))
+    expected = "gsam(rho=0.1, alpha=0.4, objective='perturbed')"
+    assert text == f"SAMGradients(clean and perturbed: 3 leaves with 17 entries each, by {expected})"
+    assert repr(optax_sam.SAMGradients(1.0, 2.0)).endswith(
+        "1 leaf with 1 entries each, by an unknown variant)"
+    )

@@ -103,6 +103,7 @@ def reference(row):
 
     def step(carry, parts):
         params, state = carry
+        kind = table.deciding_alike(loss, params, parts) if row.evaluates_by_data else Loss
 
         def evaluate(part):
             number, examples = part
@@ -110,7 +111,7 @@ def reference(row):
             def pass_at(w, _):
                 return Pass(*jax.value_and_grad(loss)(w, examples))
 
-            own = Loss(params, pass_at, pass_at, Peers(shard=number))
+            own = kind(params, pass_at, pass_at, Peers(shard=number))
             evaluation = variant.evaluate(own, optax.tree.get(state, "SAMState"))
             return evaluation.value, evaluation.gradients
 

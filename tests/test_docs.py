@@ -1,9 +1,10 @@
-"""The pages of docs/ tell the truth: their code runs, and prints what stands there."""
+"""README and the pages of docs/ tell the truth: their code runs, and prints what stands there."""
 
 import contextlib
 import io
 import pathlib
 import re
+import textwrap
 from typing import Any
 
 import chex
@@ -20,14 +21,32 @@ from jax.sharding import PartitionSpec as P
 
 import optax_sam
 
-DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs"
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+# Code may be indented: in a list.
+BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
+def blocks_of(page: pathlib.Path) -> list[tuple[str, str]]:
+    """The fenced blocks of a page: language and text."""
+    found = BLOCK.findall(page.read_text(encoding="utf-8"))
+    return [(language, textwrap.dedent(text)) for _, language, text in found]
+
+
+# Folders that begin with "_" are no pages. What is trained waits for `--full`.
+PAGES = [
+    pytest.param(
+        page, id=str(page.relative_to(ROOT)), marks=[pytest.mark.full] * (page.parent.name == "gallery")
+    )
+    for page in (ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("[a-z]*/*.md")))
+    if "```python\n" in page.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_code_runs_and_prints_what_stands_there(page: pathlib.Path) -> None:
     namespace: dict[str, Any] = {}
-    blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
+    blocks = blocks_of(page)
     for i, (language, code) in enumerate(blocks):
         if language != "python":
             continue
@@ -39,10 +58,26 @@ def test_code_runs_and_prints_what_stands_there(page: pathlib.Path) -> None:
         assert printed.getvalue() == expected, f"block {i} prints\n{printed.getvalue()}"
 
 
+GALLERY = sorted((DOCS / "gallery").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", GALLERY, ids=lambda page: page.stem)
+def test_the_gallery_is_short_and_shows_what_came_out(page: pathlib.Path) -> None:
+    """Code under 80 lines that imports nothing of examples/, and tables as they stand in RESULTS.md."""
+    text, results = page.read_text(encoding="utf-8"), (ROOT / "examples" / "RESULTS.md").read_text("utf-8")
+    code = "".join(code for language, code in blocks_of(page) if language == "python")
+    assert len(code.splitlines()) < 80
+    own = {path.stem for path in (ROOT / "examples").glob("*.py")} - {"landscape"}
+    assert not set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE)) & own
+    for line in text.partition("## As it came out")[2].splitlines():
+        if "±" in line:
+            assert line in results, f"{page.name}: examples/RESULTS.md has no line {line!r}"
+
+
 def names_of(page: str) -> dict[str, Any]:
     """What the code of a page defines."""
     namespace: dict[str, Any] = {"__name__": page}
-    for language, code in BLOCK.findall((DOCS / f"{page}.md").read_text(encoding="utf-8")):
+    for language, code in blocks_of(DOCS / f"{page}.md"):
         if language == "python":
             with contextlib.redirect_stdout(io.StringIO()):
                 exec(compile(code, page, "exec"), namespace)
@@ -111,7 +146,7 @@ def test_the_variant_of_one_gradient_is_averaged_over_devices() -> None:
 
 def test_no_example_is_untyped() -> None:
     """The page for authors of variants types what it shows, and types nothing `Any`."""
-    text = (DOCS / "write_your_own_variant.md").read_text(encoding="utf-8")
-    code = "".join(code for language, code in BLOCK.findall(text) if language == "python")
+    blocks = blocks_of(DOCS / "write_your_own_variant.md")
+    code = "".join(code for language, code in blocks if language == "python")
     assert not re.search(r"\bAny\b", code)
     assert all("->" in line for line in re.findall(r"def \w+\([^)]*\)[^:]*:", code))

@@ -31,9 +31,11 @@ def test_quick_run_as_a_user_starts_it(tmp_path):
         "momentum  ",
         "sam, rho 0.7  ",
         "momentum, tuned L2 0.02  ",
+        "sam 0.5, tuned L2 0.01  ",
         "smoke test, not a result\n",
     ):
         assert f"\n{line}" in done.stdout
+    assert max(map(len, done.stdout.split("Written")[0].splitlines())) <= 80
     assert "does better" not in done.stdout
     assert not done.stderr  # No bar, where nobody watches.
     out = tmp_path / "out" / "quick"
@@ -299,6 +301,15 @@ def test_the_sentence_compares_with_tuned_l2(tuned, words):
     assert words in train_digits.meaning(_report([12.0, 12.0], tuned), "sam", "tuned")
 
 
+def test_the_sentence_on_both_together():
+    report = _report([12.0, 14.0], tuned=81.0)
+    words = train_digits.meaning(report, "sam", "tuned", "sam")
+    assert words.endswith(
+        "Together: sam is not clearly different from tuned: +2.0 ± 1.4 points of final "
+        "accuracy, better on 2 and worse on 0 of 2 seeds."
+    )
+
+
 @pytest.mark.full
 def test_claim_sam_resists_wrong_labels(tmp_path):
     """The main job on two of its five seeds: 12 points of final accuracy, more than 5 on each seed."""
@@ -311,4 +322,6 @@ def test_claim_sam_resists_wrong_labels(tmp_path):
     gain = report["arms"]["sam, rho 0.7"]["gain_final"]
     assert gain["mean"] >= 12
     assert gain["worst"] > 5
+    both = report["arms"]["sam 0.5, tuned L2 0.01"]
+    assert both["gain_final"]["mean"] > gain["mean"]
     assert report["arms"]["sam, rho 0.7"]["gain_best"]["mean"] >= 2.5

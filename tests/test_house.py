@@ -10,8 +10,9 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "optax_sam"
 FLOORS = (
     "_checks _tree",
     "ascent schedules losses _loss",
-    "_state",
+    "_state _types",
     "_variant",
+    "gates",
     "variants",
     "_gradient _shards",
     "_value_and_grad",

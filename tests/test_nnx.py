@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,6 +131,27 @@ class Growing(nnx.Module):
         return y
 
 
+class Rematerialised(nnx.Module):
+    """A layer with statistics whose activations are computed anew in the backward pass."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.block = Block(3, rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return nnx.remat(lambda block, x: block(x))(self.block, x)
+
+
+class OfLinen(nnx.Module):
+    """A layer of Linen with statistics, behind Flax's bridge."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        layer = nn.BatchNorm(use_running_average=False)
+        self.layer: Any = nnx.bridge.ToNNX(layer, rngs=rngs).lazy_init(X)
+
+    def __call__(self, x: Any) -> Any:
+        return self.layer(x, mutable=["batch_stats"])
+
+
 class Clipped(nnx.Module):
     """Changes its own param in the loss."""
 
@@ -192,6 +214,8 @@ MODELS: dict[str, tuple[Callable[[], Any], Any, Any, bool]] = {
     "counter": (lambda: (block(), Counter()), loss, 0, False),
     "arrays": (one(Arrays), loss, nnx.DiffState(0, lambda path, _: path[-1] in ("w", "b")), False),
     "lifted": (lambda: (Stack(nnx.Rngs(0)),), loss, 0, False),
+    "rematerialised": (lambda: (Rematerialised(nnx.Rngs(0)),), loss, 0, False),
+    "of_linen": (lambda: (OfLinen(nnx.Rngs(0)),), loss, 0, False),
     "tied": (lambda: (Tied(nnx.Rngs(0)),), loss, 0, False),
     "growing": (lambda: (Growing(nnx.Rngs(0)),), loss, 0, False),
     "clipped": (one(Clipped), loss, 0, False),

@@ -34,7 +34,7 @@ def test_parts_are_the_mean_of_single_evaluations(row):
     """Shards in a loop and, side by side, in rounds with microbatches, against one after the other."""
     with jax.enable_x64(True):
         variant, params, batch = row.make(), table.params(jnp.float64), table.batch(16, jnp.float64)
-        state = variant.init(params)
+        state, kind = variant.init(params), Loss
 
         def split(batch, **how):
             return optax_sam.sam_value_and_grad(table.loss, variant, batch_argnums=1, **how)(
@@ -47,13 +47,18 @@ def test_parts_are_the_mean_of_single_evaluations(row):
             def pass_at(w, _):
                 return Pass(*jax.value_and_grad(table.loss)(w, examples))
 
-            evaluation = variant.evaluate(Loss(params, pass_at, pass_at, Peers(shard=number)), state)
+            evaluation = variant.evaluate(kind(params, pass_at, pass_at, Peers(shard=number)), state)
             return evaluation.value, evaluation.gradients
 
         def run(batch):
-            expected = jax.lax.map(alone, (jnp.arange(SHARDS), batch.reshape(SHARDS, -1, 3)))
-            modes = ({"shard_mode": "loop"}, {"shard_mode": 2, "microbatch_size": 2})
-            shards = [split(batch, num_shards=SHARDS, **mode) for mode in modes]
+            nonlocal kind
+            parts, modes = batch.reshape(SHARDS, -1, 3), ({"shard_mode": "loop"}, {"shard_mode": 2})
+            if row.evaluates_by_data:  # All shards decide together: they run side by side.
+                kind, modes = table.deciding_alike(table.loss, params, parts), ({}, {})
+            expected = jax.lax.map(alone, (jnp.arange(SHARDS), parts))
+            shards = [split(batch, num_shards=SHARDS, **modes[0])]
+            shards += [split(batch, num_shards=SHARDS, microbatch_size=2, **modes[1])]
+            kind = Loss
             full = alone((0, batch))
             microbatches = split(batch, microbatch_size=4)
             return jax.tree.map(lambda x: jnp.mean(x, axis=0), expected), shards, full, microbatches

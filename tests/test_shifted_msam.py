@@ -147,3 +147,56 @@ def test_errors():
         optax_sam.shifted_msam(BASES["sgd"], -0.1)
     with pytest.raises(ValueError, match="one with 0"):
         optax_sam.msam_eval_params(BASES["sgd"].init(params), params)
+
+
+ANY_BASE = {
+    "muon": lambda: optax.contrib.muon(0.05),
+    "schedule_free": lambda: optax.contrib.schedule_free_adamw(0.05),
+    "adamw": lambda: optax.adamw(0.05, weight_decay=0.1),
+    "lion": lambda: optax.lion(0.01),
+    "without momentum": lambda: optax.sgd(0.1),
+    "partition": lambda: optax.partition(
+        {"a": optax.adam(0.05), "b": optax.sgd(0.1)}, {"layer": "a", "scale": "b"}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ANY_BASE)
+def test_along_the_update_of_any_optimizer(name):
+    """The point of a step lies rho further along the update before: against a walk that is written out."""
+    base = ANY_BASE[name]()
+    tx = optax_sam.msam(base, 0.3, along="update")
+    value_and_grad = optax_sam.sam_value_and_grad(table.loss, tx)
+    params = expected = table.params()
+    state, base_state, last = tx.init(params), base.init(params), None
+    for seed in range(4):
+        batch = table.batch(seed=seed)
+        value, grads = value_and_grad(params, batch, state=state)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        point = expected
+        if last is not None:
+            length = np.sqrt(sum(np.sum(np.square(u)) for u in jax.tree.leaves(last)))
+            point = jax.tree.map(lambda w, u, size=length: w + 0.3 * u / size, expected, last)
+        want, gradient = jax.value_and_grad(table.loss)(point, batch)
+        last, base_state = base.update(gradient, base_state, expected)
+        expected = optax.apply_updates(expected, last)
+        np.testing.assert_allclose(value, want, rtol=1e-5)
+        chex.assert_trees_all_close(params, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_along_the_last_update_that_was_none_of_zeros():
+    """`optax.MultiSteps` updates by zero while it accumulates."""
+    base = optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation()
+    tx = optax_sam.msam(base, 0.3, along="update")
+    params = table.params()
+    state, last = tx.init(params), None
+    for seed in range(5):
+        _, grads = optax_sam.sam_value_and_grad(table.loss, tx)(params, table.batch(seed=seed), state=state)
+        updates, state = tx.update(grads, state, params)
+        last = updates if any(bool(jnp.any(u != 0)) for u in jax.tree.leaves(updates)) else last
+        if last is not None:
+            chex.assert_trees_all_close(state.memory.update, last)
+    assert last is not None
+    with pytest.raises(ValueError, match="`along` must be one of 'momentum', 'update'"):
+        optax_sam.msam(optax.sgd(0.1, momentum=0.9), along="gradient")

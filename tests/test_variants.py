@@ -27,7 +27,7 @@ def constructors(path: pathlib.Path, *kinds: Any) -> list[str]:
         for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef)
         and node.name[0] != "_"
-        and inspect.signature(getattr(module, node.name)).return_annotation in kinds
+        and inspect.signature(getattr(module, node.name), eval_str=True).return_annotation in kinds
     ]
 
 
@@ -38,10 +38,14 @@ VARIANTS = [name for path in FILES for name in constructors(path, VARIANT)]
 OF_TWO_PARTS = {"functional_sam": "test_functional_sam.py"}
 
 
+def section_of(document: str, heading: str) -> str:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return text.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
+
+
 def listed(document: str, heading: str) -> set[str]:
     """The names that begin the rows of the tables of a section."""
-    text = (ROOT / document).read_text(encoding="utf-8").split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
-    return set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
+    return set(re.findall(r"^\| `(\w+)` \|", section_of(document, heading), re.MULTILINE))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -88,8 +92,14 @@ def test_every_oracle_has_a_row() -> None:
 
 @pytest.mark.parametrize("name", DEFINED)
 def test_every_constructor_is_in_the_documents(name: str) -> None:
-    assert name in listed("README.md", "The variants"), (
-        f"add a line to the table of README.md, section 'The variants': | `{name}` | paper | direction | ..."
+    assert name in listed("docs/choosing.md", "All variants"), (
+        "add a line to the table of docs/choosing.md, section 'All variants': "
+        f"| `{name}` | paper | direction | ..."
+    )
+    wanted = section_of("docs/choosing.md", "By what you need")
+    assert f"`{name}`" in wanted, (
+        "add a line to the table of docs/choosing.md, section 'By what you need', or name it in one: "
+        f"| your case | `{name}` | ..."
     )
     if name in VARIANTS:
         text = (ROOT / "docs" / "tuning.md").read_text(encoding="utf-8")
@@ -100,8 +110,8 @@ def test_every_constructor_is_in_the_documents(name: str) -> None:
 
 def test_the_documents_name_no_other_constructor() -> None:
     rules = {name for name in vars(optax_sam.ascent) if name[0] != "_"}
-    more = listed("README.md", "The variants") - DEFINED.keys() - rules
-    assert not more, f"README.md, section 'The variants', names what is not there: {sorted(more)}"
+    more = listed("docs/choosing.md", "All variants") - DEFINED.keys() - rules
+    assert not more, f"docs/choosing.md, section 'All variants', names what is not there: {sorted(more)}"
 
 
 @pytest.mark.parametrize("name", VARIANTS)

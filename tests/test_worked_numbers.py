@@ -604,6 +604,20 @@ def test_e7_the_radius_follows_the_learning_rate():
     close(at(1.5e-3, 0.6, 0.1, lr_max=3e-5), 0.6)
 
 
+def test_the_radius_warms_up(store):
+    rho = optax_sam.schedules.warmup(0.2, 4)
+    close(np.array([rho(step) for step in (0, 1, 3, 4, 5, 1000)]), (0.0, 0.05, 0.15, 0.2, 0.2, 0.2))
+    close(np.array(jax.jit(jax.vmap(rho))(jnp.arange(3))), (0.0, 0.05, 0.1))
+    close(optax_sam.schedules.warmup(lambda step: 0.1 * step, 4)(2), 0.1)
+    # The first step is the plain one; the second is that of E1, whose radius is 0.1, here in float32.
+    variant = optax_sam.sam(optax_sam.schedules.warmup(0.2, 2))
+    state, params = variant.init(store(W0)), store(W0)
+    for expected in (G0, (10.9950371902, 1.00995037190)):
+        _, grads = optax_sam.sam_value_and_grad(loss, variant)(params, L1, state=state)
+        updates, state = variant.update(grads, state, params)
+        np.testing.assert_allclose(flat(updates), expected, rtol=1e-7)
+
+
 def test_e8_the_sharpness_term(store):
     clean, perturbed = direction(optax_sam.sam(0.1), store(W0))
     close(perturbed - clean, (0.995037190210, 0.00995037190210))

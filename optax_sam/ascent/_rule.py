@@ -1,5 +1,7 @@
 """What an ascent rule is, the rule of SAM, and what rules share."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -201,10 +203,10 @@ def over_leaves(name: str, value: Any, params: optax.Params, leaves: str = "bool
     try:
         return jax.tree.map(lambda m, subtree: jax.tree.map(lambda _: m, subtree), tree, params)
     except (TypeError, ValueError) as error:
+        found = _checks.difference(tree, params, "params have", prefix=True)
         msg = (
             f"`{name}` must be a pytree of {leaves} with the structure of params or of their upper levels, "
-            f"or a function of params that returns one, got\n  {jax.tree.structure(tree)}\n"
-            f"where params have\n  {jax.tree.structure(params)}."
+            f"or a function of params that returns one, got {found}."
         )
         raise ValueError(msg) from error
 

@@ -1,5 +1,7 @@
 """Sharpness in a ball: how much the loss rises within a radius of params."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -27,7 +29,7 @@ class Estimate(NamedTuple):
     standard_error: Any
 
     @classmethod
-    def of(cls, samples: jax.Array) -> "Estimate":
+    def of(cls, samples: jax.Array) -> Estimate:
         """The estimate from samples along the first axis."""
         return cls(jnp.mean(samples, axis=0), jnp.std(samples, axis=0, ddof=1) / len(samples) ** 0.5)
 

@@ -1,5 +1,7 @@
 """Curvature of the loss: eigenvalues, trace, diagonal and spectral density, with `matfree`."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -39,7 +41,7 @@ class GaussNewton(NamedTuple):
         return self.output_loss(self.model_fn(params, batch), batch)
 
     @classmethod
-    def of(cls, loss: CompositeLoss) -> "GaussNewton":
+    def of(cls, loss: CompositeLoss) -> GaussNewton:
         """The same for a `CompositeLoss`, whose batch is the pair `(inputs, targets)`."""
         return cls(_Outputs(loss), _OutputLoss(loss))
 

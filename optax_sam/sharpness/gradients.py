@@ -1,5 +1,7 @@
 """Measures of gradients: their norms, SAM's edge of stability, the Fisher-Rao norm."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -1,5 +1,7 @@
 """ASAM: adaptive sharpness-aware minimization (Kwon, Kim, Park, Choi, ICML 2021)."""
 
+from __future__ import annotations
+
 import optax
 
 from optax_sam import _checks
@@ -31,9 +33,6 @@ def asam(
 
     Returns:
       A sharpness-aware transformation. Two gradient evaluations a step, no state but scalars.
-
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam

@@ -1,6 +1,8 @@
 """AsyncSAM: the gradient of the previous step gives the perturbation of this one (Jo, Lim, Lee, 2025)."""
 
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
 
 import optax
 
@@ -25,7 +27,10 @@ class AsyncSAMMemory(NamedTuple):
 
 @constructor
 def async_sam(
-    rho: optax.ScalarOrSchedule = 0.05, *, reuse: str = "clean", ascent: ascents.Ascent | None = None
+    rho: optax.ScalarOrSchedule = 0.05,
+    *,
+    reuse: Literal["clean", "perturbed"] = "clean",
+    ascent: ascents.Ascent | None = None,
 ) -> SharpnessAwareTransformation:
     r"""SAM that climbs along the gradient of the step before.
 
@@ -48,9 +53,6 @@ def async_sam(
       A sharpness-aware transformation. Two gradient evaluations a step or one; one copy of the params as
       state. With "perturbed", value and aux are those of the perturbed point, the only one visited, the
       pair holds its gradient twice, and the perturbation is one for all devices and shards.
-
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam
@@ -91,5 +93,7 @@ def async_sam(
         return AsyncSAMMemory(_tree.zeros_like(params))
 
     if reuse == "perturbed":
-        return sharpness_aware(rho, None, descent, init_memory, evaluate=evaluate_once)
+        return sharpness_aware(
+            rho, None, descent, init_memory, evaluate=evaluate_once, begins_at_params=False
+        )
     return sharpness_aware(rho, None, descent, init_memory, climb=climb, ascent_only=True)

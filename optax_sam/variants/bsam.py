@@ -1,5 +1,7 @@
 """bSAM: SAM as an optimal relaxation of Bayes (Möllenhoff and Khan, ICLR 2023)."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
@@ -89,9 +91,6 @@ def bsam(
       of several devices with `perturbation="local"`, each has noise of its own; what enters s is then
       the mean of :math:`\sqrt{s} |g|` over them.
 
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
-
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam
       >>> loss = lambda w: (10 * w[0] ** 2 + w[1] ** 2) / 2
@@ -157,7 +156,14 @@ def bsam(
         return updates, BSAMMemory(momentum, new_precision)
 
     return sharpness_aware(
-        rho, None, descent, init_memory, evaluate=evaluate, compares=False, is_optimizer=True
+        rho,
+        None,
+        descent,
+        init_memory,
+        evaluate=evaluate,
+        compares=False,
+        is_optimizer=True,
+        begins_at_params=False,
     )
 
 

@@ -1,5 +1,7 @@
 """CR-SAM: curvature regularized sharpness-aware minimization (Wu, Luo, Wunsch, AAAI 2024)."""
 
+from __future__ import annotations
+
 import jax
 import optax
 
@@ -38,9 +40,6 @@ def cr_sam(
     Returns:
       A sharpness-aware transformation. Three gradient evaluations a step, of which the last two do not wait
       for one another; no state but scalars. The pair holds the direction in place of the perturbed gradient.
-
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam

@@ -1,5 +1,7 @@
 """Extragradient and its relatives: a look ahead along the descent direction."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax
@@ -33,9 +35,6 @@ def extragradient(
     Returns:
       A transformation on the mechanism of the sharpness-aware ones. Two gradient evaluations a step, no
       state but scalars.
-
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam

@@ -1,5 +1,7 @@
 """F-SAM: friendly sharpness-aware minimization (Li, Zhou, He, Cheng, Huang, CVPR 2024)."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
@@ -51,9 +53,6 @@ def friendly_sam(
 
     Returns:
       A sharpness-aware transformation. Two gradient evaluations a step, one copy of the params as state.
-
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam

@@ -1,5 +1,7 @@
 """Functional SAM: the network is linearized anew, the loss is not (Singh et al., ICML 2025)."""
 
+from __future__ import annotations
+
 import optax
 
 from optax_sam import _tree

@@ -1,5 +1,7 @@
 """GCSAM: gradient-centralized sharpness-aware minimization (Hassan, Vakanski, Zhang, Xian, 2025)."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import optax
@@ -38,9 +40,6 @@ def gcsam(
 
     Returns:
       A sharpness-aware transformation. Two gradient evaluations a step, no state but scalars.
-
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam

@@ -1,5 +1,7 @@
 """GNP: penalizing the gradient norm (Zhao, Zhang, Hu, ICML 2022)."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax
@@ -39,9 +41,6 @@ def gnp(
 
     Returns:
       A sharpness-aware transformation. Two gradient evaluations a step, no state but scalars.
-
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam

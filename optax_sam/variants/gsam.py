@@ -1,6 +1,8 @@
 """GSAM: surrogate-gap guided sharpness-aware minimization (Zhuang et al., ICLR 2022)."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import Any, Literal
 
 import jax
 import optax
@@ -17,7 +19,7 @@ def gsam(
     rho: optax.ScalarOrSchedule = 0.05,
     alpha: optax.ScalarOrSchedule = 0.4,
     *,
-    objective: str = "perturbed",
+    objective: Literal["perturbed", "clean"] = "perturbed",
     ascent: ascents.Ascent | None = None,
 ) -> SharpnessAwareTransformation:
     r"""Surrogate-gap guided sharpness-aware minimization.
@@ -43,9 +45,6 @@ def gsam(
 
     Returns:
       A sharpness-aware transformation. Two gradient evaluations a step, no state but scalars.
-
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam

@@ -1,5 +1,7 @@
 """The first-order model of SAM: a Hessian-vector product instead of a second gradient."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -33,9 +35,6 @@ def hessian_sam(
     Returns:
       A sharpness-aware transformation. One gradient and one Hessian-vector product a step, about 2.9
       gradients (2 with `difference`); no state but scalars.
-
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam

@@ -1,5 +1,7 @@
 """IRE: implicit regularization enhancement (Wang et al., NeurIPS 2024)."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -61,9 +63,6 @@ def ire(
       steps. Without it the clean gradient that the base optimizer is handed stands in. A gradient
       that is not finite leaves the choice as it was. No gradient evaluations of its own; one byte per
       weight, a boolean, as state.
-
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam

@@ -1,5 +1,7 @@
 """LE-SAM: a fixed rise of the loss in place of a fixed radius (Wang, Liu, Xie, Gao, ICML 2026)."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 import optax
 
@@ -28,9 +30,6 @@ def le_sam(loss_rise: optax.ScalarOrSchedule = 0.05, rho_max: float = 0.1) -> Sh
     Returns:
       A sharpness-aware transformation. Two gradient evaluations a step, no state but scalars. It is not
       invariant to a scaling of the loss.
-
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam

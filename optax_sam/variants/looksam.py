@@ -1,5 +1,7 @@
 """LookSAM: sharpness-aware minimization every k-th step (Liu, Mai, Chen, Hsieh, You, CVPR 2022)."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
@@ -66,9 +68,6 @@ def looksam(
       A sharpness-aware transformation. 1 + 1/k gradient evaluations a step on average (the second is
       skipped by `jax.lax.cond`; under a `vmap` over states both are computed), one copy of the params as
       state. In a step without perturbation the pair holds the clean gradient twice.
-
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam

@@ -1,6 +1,8 @@
 """Momentum-SAM: the optimizer's momentum gives the perturbation (Becker, Altrock, Risse, 2024)."""
 
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,12 +43,25 @@ def _momentum(state: optax.OptState, params: optax.Params) -> optax.Updates:
         msg = (
             "`base_optimizer` must keep one momentum of all params, such as that of `optax.sgd(0.1, "
             "momentum=0.9)` or `optax.adam(1e-3)`, in a field `trace` or `mu`, got an optimizer that keeps "
-            f"{min(of_each, default=0)}. Before any other, `optax.chain(optax_sam.async_sam(rho, "
-            "reuse='perturbed'), base_optimizer)` perturbs along the gradient of the step before, for one "
-            "gradient a step too."
+            f"{min(of_each, default=0)}. `optax_sam.msam(base_optimizer, rho, along='update')` goes along "
+            "the last update of any optimizer, for one gradient a step too."
         )
         raise ValueError(msg)
     return jax.tree.map(lambda _, each: each[0], params, momenta)
+
+
+@serializable
+class MSAMMemory(NamedTuple):
+    """What `msam` remembers along updates.
+
+    Attributes:
+      base: The state of the base optimizer.
+      update: The last update that was not zero; zero before the first. A pytree like params, in float32 or
+        better.
+    """
+
+    base: optax.OptState
+    update: optax.Updates
 
 
 @constructor
@@ -54,6 +69,7 @@ def msam(
     base_optimizer: optax.GradientTransformation,
     rho: optax.ScalarOrSchedule = 0.3,
     *,
+    along: Literal["momentum", "update"] = "momentum",
     ascent: ascents.Ascent | None = None,
 ) -> SharpnessAwareTransformation:
     r"""SAM in one gradient a step: the perturbation follows the momentum. A whole optimizer.
@@ -64,26 +80,31 @@ def msam(
     .. math:: u_t = \nabla L\left(w_t - \rho \frac{v_t}{\|v_t\|_2}\right), \quad
       v_{t+1} = \mu v_t + u_t, \quad w_{t+1} = w_t - \eta v_{t+1}
 
+    With `along="update"` it follows the last update of any base optimizer, preconditioner, orthogonalization
+    and weight decay included: :math:`w_t + \rho\, (w_t - w_{t-1}) / \|w_t - w_{t-1}\|_2`. With
+    plain momentum and a constant learning rate the two are the same.
+
     Args:
-      base_optimizer: The optimizer, its learning rate included, with one momentum in its state: the
-        `trace` of `optax.sgd(..., momentum=...)`, or the first moment `mu` of `optax.adam` and its like, of
-        `optax.contrib.muon` for example. Its weight decay acts on the unperturbed params. In
+      base_optimizer: The optimizer, its learning rate included. For `along="momentum"` with one momentum in
+        its state: the `trace` of `optax.sgd(..., momentum=...)`, or the first moment `mu` of `optax.adam` and
+        its like, of `optax.contrib.muon` for example. Its weight decay acts on the unperturbed params. In
         `optax.MultiSteps(..., n).gradient_transformation()` it makes one step of n batches.
       rho: The radius, >= 0, or a schedule of the step; 0 recovers the base optimizer. About ten times
         that of SAM: up to 1.2 was safe in docs/tuning.md.
-      ascent: The rule that makes a perturbation of the momentum; None for
+      along: "momentum", as the paper has it, or "update", which any optimizer makes: `optax.lion`,
+        `optax.contrib.schedule_free_adamw`, a `optax.partition`. The first step is a plain one.
+      ascent: The rule that makes a perturbation of the momentum, or of the update; None for
         `optax_sam.ascent.normalized()`.
 
     Returns:
       A sharpness-aware transformation that is an optimizer. One gradient evaluation a step, no state but
-      that of the base optimizer. Params are the unperturbed ones, to be evaluated and saved as they are;
-      `shifted_msam` holds the perturbed ones and takes plain gradients.
-      Value and aux are those of the perturbed point, the only one visited, the pair holds its gradient
-      twice, and the perturbation is one for all devices and shards.
+      that of the base optimizer, and with `along="update"` one copy of the params. Params are the
+      unperturbed ones, to be evaluated and saved as they are; `shifted_msam` holds the perturbed ones and
+      takes plain gradients. Value and aux are those of the perturbed point, the only one visited, the pair
+      holds its gradient twice, and the perturbation is one for all devices and shards.
 
     Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range, or the base optimizer
-        has no momentum or several.
+      ValueError: If the base optimizer has no momentum or several.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam
@@ -104,16 +125,23 @@ def msam(
       the perturbed params; here the unperturbed ones are kept, and weight decay acts on these.
     """
     _checks.optimizer("base_optimizer", base_optimizer)
+    _checks.choice("along", along, ("momentum", "update"))
     base = optax.with_extra_args_support(base_optimizer)
     rule = ascents.resolve(ascent)
 
-    def init_memory(params: optax.Params) -> optax.OptState:
+    def init_memory(params: optax.Params) -> Any:
         state = base.init(params)
+        if along == "update":
+            return MSAMMemory(state, _tree.zeros_like(params))
         _momentum(state, params)  # Said now rather than at the first step.
         return state
 
     def evaluate(loss: Loss, state: SAMState) -> Evaluation:
-        perturbation = rule(_momentum(state.memory, loss.params), -state.rho, loss.params)
+        of_step = ascents.at_step(rule, state.step)
+        if along == "update":
+            perturbation = of_step(state.memory.update, state.rho, loss.params)
+        else:
+            perturbation = of_step(_momentum(state.memory, loss.params), -state.rho, loss.params)
         return loss.pair(loss.ascent(perturbation), None)
 
     def descent(
@@ -121,9 +149,16 @@ def msam(
     ) -> tuple[optax.Updates, Any]:
         # The base optimizer gets the gradient in the dtypes in which its state was made.
         gradient = _tree.cast_like(gradients.perturbed, gradients.perturbed if params is None else params)
-        return base.update(gradient, state.memory, params, **extra_args)
+        if along == "momentum":
+            return base.update(gradient, state.memory, params, **extra_args)
+        update, new = base.update(gradient, state.memory.base, params, **extra_args)
+        # `optax.MultiSteps` updates by zero while it accumulates: the update before stays the last one.
+        moves = _tree.squared_norm(update) > 0.0
+        return update, MSAMMemory(new, _tree.select(moves, _tree.upcast(update), state.memory.update))
 
-    return sharpness_aware(rho, None, descent, init_memory, evaluate=evaluate, is_optimizer=True)
+    return sharpness_aware(
+        rho, None, descent, init_memory, evaluate=evaluate, is_optimizer=True, begins_at_params=False
+    )
 
 
 @serializable
@@ -167,8 +202,8 @@ def shifted_msam(
       after it. One gradient evaluation a step, no state but that of the base optimizer.
 
     Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range, the base optimizer has
-        no momentum or several, or `update` gets no params or a pair of gradients.
+      TypeError, ValueError: If the base optimizer has no momentum or several, or `update` gets no params or a
+        pair of gradients.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam
@@ -193,7 +228,6 @@ def shifted_msam(
 
     def init(params: optax.Params) -> ShiftedMSAMState:
         params = as_arrays(params)
-        _checks.params(params)
         state = base.init(params)
         _momentum(state, params)  # Said now rather than at the first step.
         return ShiftedMSAMState(

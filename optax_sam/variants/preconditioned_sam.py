@@ -1,5 +1,7 @@
 """Preconditioned SAM: climbs along the gradient as Adam scales it (Singh et al., ICML 2025)."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
@@ -53,9 +55,6 @@ def preconditioned_sam(
 
     Returns:
       A sharpness-aware transformation. Two gradient evaluations a step, one copy of the params as state.
-
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam

@@ -1,6 +1,8 @@
 """SAM: sharpness-aware minimization (Foret, Kleiner, Mobahi, Neyshabur, ICLR 2021)."""
 
-from typing import Any, cast
+from __future__ import annotations
+
+from typing import Any, Literal, cast
 
 import optax
 
@@ -10,6 +12,9 @@ from optax_sam._loss import Evaluation, Loss
 from optax_sam._state import SAMState
 from optax_sam._variant import Evaluate, SharpnessAwareTransformation, constructor, sharpness_aware
 
+StepMode = Literal["pgd", "split", "free"]
+"""What several ascent steps do."""
+
 
 @constructor
 def sam(
@@ -17,7 +22,7 @@ def sam(
     *,
     ascent: ascents.Ascent | None = None,
     steps: int | None = None,
-    step_mode: str = "pgd",
+    step_mode: StepMode = "pgd",
 ) -> SharpnessAwareTransformation:
     r"""Sharpness-aware minimization.
 
@@ -40,9 +45,6 @@ def sam(
 
     Returns:
       A sharpness-aware transformation. steps + 1 gradient evaluations a step, no state but scalars.
-
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam
@@ -69,7 +71,7 @@ def sam(
     return sharpness_aware(rho, evaluate=_several_steps(rule, steps, step_mode), ascent_only=True)
 
 
-def _several_steps(ascent: ascents.Ascent, steps: int, mode: str) -> Evaluate:
+def _several_steps(ascent: ascents.Ascent, steps: int, mode: StepMode) -> Evaluate:
     length = getattr(ascent, "length", None)
     if mode == "pgd" and length is None:
         msg = (

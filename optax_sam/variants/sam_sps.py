@@ -1,5 +1,7 @@
 """SAM-SPS: sharpness-aware minimization with Polyak's step size (Oikonomou, Loizou, ICML 2026)."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

@@ -1,5 +1,7 @@
 """SAME and SANER: gains on the coordinates that SAM amplifies, shrinks or flips (Luong et al., 2024)."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -92,9 +94,6 @@ def same(
     Returns:
       A sharpness-aware transformation. Two gradient evaluations a step, no state but scalars.
 
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
-
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam
       >>> loss = lambda w: (10 * w[0] ** 2 - w[1] ** 2) / 2
@@ -157,9 +156,6 @@ def custom_same(
     Returns:
       A sharpness-aware transformation. Two gradient evaluations a step, no state but scalars.
 
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
-
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam
       >>> loss = lambda w: (10 * w[0] ** 2 - w[1] ** 2) / 2
@@ -199,9 +195,6 @@ def saner(
 
     Returns:
       A sharpness-aware transformation. Two gradient evaluations a step, no state but scalars.
-
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam

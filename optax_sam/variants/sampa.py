@@ -1,5 +1,7 @@
 """SAMPa: two gradients that do not wait for one another (Xie, Pethick, Cevher, NeurIPS 2024)."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
@@ -55,9 +57,6 @@ def sampa(
       A sharpness-aware transformation. Two gradient evaluations a step, which compilers and devices may run
       at the same time; one copy of the params as state. The loss and aux reported, and the clean half of the
       pair, are those at :math:`y_{t+1}`.
-
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam

@@ -1,5 +1,7 @@
 """StableSAM: the perturbed gradient in the length of the clean one (Tan et al., JMLR 2025)."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax
@@ -29,9 +31,6 @@ def stable_sam(
 
     Returns:
       A sharpness-aware transformation. Two gradient evaluations a step, no state but scalars.
-
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam

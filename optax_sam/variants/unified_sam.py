@@ -1,5 +1,7 @@
 """Unified SAM: normalized steps, unnormalized ones, and all between (Oikonomou, Loizou, ICLR 2025)."""
 
+from __future__ import annotations
+
 import jax
 import optax
 
@@ -28,9 +30,6 @@ def unified_sam(
     Returns:
       A sharpness-aware transformation. Two gradient evaluations a step, no state but scalars. Unless mix is 1
       it is not invariant to a scaling of the loss.
-
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam

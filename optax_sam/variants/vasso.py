@@ -1,5 +1,7 @@
 """VaSSO: variance-suppressed sharpness-aware optimization (Li, Giannakis, NeurIPS 2023)."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -44,9 +46,6 @@ def vasso(
 
     Returns:
       A sharpness-aware transformation. Two gradient evaluations a step, one copy of the params as state.
-
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam

@@ -1,5 +1,7 @@
 """WSAM: weighted sharpness-aware minimization (Yue et al., KDD 2023)."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax
@@ -55,8 +57,7 @@ def wsam(
       A sharpness-aware transformation. Two gradient evaluations a step, no state but scalars.
 
     Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range, or gamma and alpha
-        are both given.
+      ValueError: If gamma and alpha are both given.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam
@@ -125,8 +126,7 @@ def decoupled_wsam(
       of the base optimizer.
 
     Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range, or gamma and alpha
-        are both given.
+      ValueError: If gamma and alpha are both given.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam

@@ -1,5 +1,7 @@
 """XSAM: beyond the perturbed gradient on the sphere of directions (Chen, Zhou, ICLR 2026)."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax
@@ -38,9 +40,6 @@ def xsam(
 
     Returns:
       A sharpness-aware transformation. Two gradient evaluations a step, no state but scalars.
-
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam

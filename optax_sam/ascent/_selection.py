@@ -1,6 +1,8 @@
 """Rules that perturb some leaves, or some entries, only."""
 
-from typing import Any, cast
+from __future__ import annotations
+
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,9 @@ from optax_sam.ascent._rule import (
 )
 
 
-def masked(mask: Mask, rule: Ascent | None = None, *, norm: str = "selected") -> AscentRule:
+def masked(
+    mask: Mask, rule: Ascent | None = None, *, norm: Literal["selected", "all"] = "selected"
+) -> AscentRule:
     """Perturbs some of the leaves, or some of the entries, only.
 
     Args:

@@ -1,6 +1,8 @@
 """Rules that look at the size of the weights."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +23,23 @@ from optax_sam.ascent._rule import (
 )
 
 
+def size_of(w: jax.Array, granularity: str, output_axis: int) -> jax.Array:
+    """The size of weights: of each entry, of the leaf, or of each filter. A vector has one entry a filter."""
+    if granularity == "elementwise":
+        return jnp.abs(w)
+    if granularity == "leaf":
+        return _tree.norm(w)
+    # In units of the largest weight, whose square may leave the range of floats.
+    axes = other_axes(w, output_axis)
+    largest = jnp.max(jnp.abs(w), axis=axes, keepdims=True, initial=0.0)
+    unit = jnp.where(largest > 0.0, largest, jnp.ones_like(largest))
+    return unit * _tree.root(jnp.sum(jnp.square(w / unit), axis=axes, keepdims=True))
+
+
 def adaptive(
     eta: float = 0.01,
     *,
-    granularity: str = "elementwise",
+    granularity: Literal["elementwise", "leaf", "filter"] = "elementwise",
     mask: Mask = True,
     output_axis: int = -1,
     ord: float = 2.0,
@@ -73,20 +88,9 @@ def adaptive(
     _checks.mask("mask", mask)
     inner = normalized(ord, eps)
 
-    def size(w: jax.Array) -> jax.Array:
-        if granularity == "elementwise":
-            return jnp.abs(w)
-        if granularity == "leaf":
-            return _tree.norm(w)
-        # A vector has one entry a filter, a scalar is a filter of its own. In units of the largest weight.
-        axes = other_axes(w, output_axis)
-        largest = jnp.max(jnp.abs(w), axis=axes, keepdims=True, initial=0.0)
-        unit = jnp.where(largest > 0.0, largest, jnp.ones_like(largest))
-        return unit * _tree.root(jnp.sum(jnp.square(w / unit), axis=axes, keepdims=True))
-
     def scales(params: optax.Params) -> optax.Params:
         def scale(w: jax.Array, adapts: Any) -> jax.Array:
-            return jnp.where(adapts, size(w) + eta, jnp.ones_like(w))
+            return jnp.where(adapts, size_of(w, granularity, output_axis) + eta, jnp.ones_like(w))
 
         return jax.tree.map(scale, _tree.upcast(params), mask_over_leaves(mask, params))
 

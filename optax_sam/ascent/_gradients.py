@@ -1,5 +1,7 @@
 """Rules that change the gradient first, or start from another point."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

@@ -1,6 +1,8 @@
 """Balls in which the perturbation has length rho: p-norms, the Fisher metric, norms of matrices."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +89,7 @@ def fisher(eta: float = 1.0, eps: float = 1e-12) -> AscentRule:
     return AscentRule(perturb)
 
 
-def matrix(norm: str, *, iterations: int = 10) -> AscentRule:
+def matrix(norm: Literal["spectral", "nuclear"], *, iterations: int = 10) -> AscentRule:
     r"""Each leaf takes a step of length rho in a norm of matrices, in the dual direction of its gradient.
 
     With the singular value decomposition :math:`g_l = U S V^\top`, leaf by leaf:
