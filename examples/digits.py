@@ -145,9 +145,10 @@ def make_train_step(
 
     Options are those of `sam_value_and_grad`; images and labels are the arguments 1 and 2 of the loss.
     """
-
-    def loss_fn(params: optax.Params, images: jax.Array, labels: jax.Array) -> jax.Array:
-        return cross_entropy(model.apply({"params": params}, images), labels)
+    # In two parts, for variants that look at the outputs of the network; all others take it as it is.
+    loss_fn = optax_sam.CompositeLoss(
+        lambda params, images: model.apply({"params": params}, images), cross_entropy
+    )
 
     def plain_step(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple[TrainState, jax.Array]:
         loss, grads = jax.value_and_grad(loss_fn)(state.params, images, labels)

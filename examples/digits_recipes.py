@@ -131,6 +131,18 @@ def _bsam(rho: float, setting: Setting) -> Pair:
     return variant, variant
 
 
+def _sampa(rho: float, setting: Setting) -> Pair:
+    # It looks ahead by a step of the base optimizer, whose learning rate it must know.
+    variant = optax_sam.sampa(setting.learning_rate, rho)
+    return variant, optax.chain(variant, setting.optimizer)
+
+
+def _sam_sps(rho: float, setting: Setting) -> Pair:
+    # A whole optimizer: no learning rate, no momentum.
+    variant = optax_sam.sam_sps(rho, weight_decay=setting.weight_decay)
+    return variant, variant
+
+
 def _msam(rho: float, setting: Setting) -> Pair:
     # A whole optimizer: it reads the momentum of the base optimizer, which therefore must have one.
     variant = optax_sam.msam(setting.optimizer, rho)
@@ -158,6 +170,16 @@ RECIPES = {
     "wsam": Recipe(_before_base(lambda rho: optax_sam.wsam(rho, gamma=0.8)), 0.2),
     "decoupled_wsam": Recipe(_decoupled_wsam, 0.7),
     "bsam": Recipe(_bsam, 0.5),
+    "gnp": Recipe(_before_base(optax_sam.gnp), 0.7),
+    "unified_sam": Recipe(_before_base(lambda rho: optax_sam.unified_sam(rho, mix=0.5)), 0.5),
+    "le_sam": Recipe(_before_base(lambda rise: optax_sam.le_sam(rise, rho_max=2.0)), 0.5, radius="rise"),
+    "stable_sam": Recipe(_before_base(optax_sam.stable_sam), 0.7),
+    "xsam": Recipe(_before_base(optax_sam.xsam), 0.5),
+    "functional_sam": Recipe(_before_base(optax_sam.functional_sam), 0.7),
+    "preconditioned_sam": Recipe(_before_base(optax_sam.preconditioned_sam), 0.7),
+    "cr_sam": Recipe(_before_base(optax_sam.cr_sam), 0.5, gradients=3),
+    "sampa": Recipe(_sampa, 0.7),
+    "sam_sps": Recipe(_sam_sps, 0.5),
     "looksam": Recipe(_before_base(lambda rho: optax_sam.looksam(rho, k=5, alpha=0.7)), 0.5, gradients=1.2),
     "ae_sam": Recipe(_before_base(optax_sam.ae_sam), 0.7, gradients=1.5),
     "weight_noise": Recipe(_before_base(optax_sam.weight_noise), 0.04, gradients=1, radius="scale"),

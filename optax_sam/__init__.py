@@ -5,6 +5,7 @@ from optax_sam import equinox as equinox
 from optax_sam import gates as gates
 from optax_sam import landscape as landscape
 from optax_sam import linen as linen
+from optax_sam import losses as losses
 from optax_sam import nnx as nnx
 from optax_sam import schedules as schedules
 from optax_sam import sharpness as sharpness
@@ -32,25 +33,35 @@ from optax_sam.variants.asam import asam as asam
 from optax_sam.variants.async_sam import async_sam as async_sam
 from optax_sam.variants.bsam import bsam as bsam
 from optax_sam.variants.bsam import bsam_sample as bsam_sample
+from optax_sam.variants.cr_sam import cr_sam as cr_sam
 from optax_sam.variants.extragradient import extragradient as extragradient
 from optax_sam.variants.friendly_sam import friendly_sam as friendly_sam
+from optax_sam.variants.functional_sam import functional_sam as functional_sam
 from optax_sam.variants.gcsam import gcsam as gcsam
+from optax_sam.variants.gnp import gnp as gnp
 from optax_sam.variants.gsam import gsam as gsam
 from optax_sam.variants.hessian_sam import hessian_sam as hessian_sam
 from optax_sam.variants.ire import ire as ire
 from optax_sam.variants.ire import sampled_label_gradient as sampled_label_gradient
+from optax_sam.variants.le_sam import le_sam as le_sam
 from optax_sam.variants.looksam import looksam as looksam
 from optax_sam.variants.msam import msam as msam
 from optax_sam.variants.msam import msam_eval_params as msam_eval_params
 from optax_sam.variants.msam import shifted_msam as shifted_msam
+from optax_sam.variants.preconditioned_sam import preconditioned_sam as preconditioned_sam
 from optax_sam.variants.sam import sam as sam
+from optax_sam.variants.sam_sps import sam_sps as sam_sps
 from optax_sam.variants.same import custom_same as custom_same
 from optax_sam.variants.same import same as same
 from optax_sam.variants.same import saner as saner
+from optax_sam.variants.sampa import sampa as sampa
+from optax_sam.variants.stable_sam import stable_sam as stable_sam
+from optax_sam.variants.unified_sam import unified_sam as unified_sam
 from optax_sam.variants.vasso import vasso as vasso
 from optax_sam.variants.weight_noise import weight_noise as weight_noise
 from optax_sam.variants.wsam import decoupled_wsam as decoupled_wsam
 from optax_sam.variants.wsam import wsam as wsam
+from optax_sam.variants.xsam import xsam as xsam
 
 __version__ = "0.1.0"
 

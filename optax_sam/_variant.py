@@ -426,7 +426,7 @@ def _one_climb(ascent: ascents.Ascent | None, climb: Climb | None, when: When | 
         def perturbed() -> Pass:
             gradient = _tree.upcast(clean.gradient)
             if climb is None:
-                perturbation = rule(gradient, state.rho, loss.params)
+                perturbation = ascents.at_step(rule, state.step)(gradient, state.rho, loss.params)
             else:
                 perturbation = climb(gradient, state, loss.params)
             _checks.same_shapes("What the ascent returns", perturbation, loss.params)

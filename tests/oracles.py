@@ -5,6 +5,7 @@ the slices of `LEAVES`, the order in which JAX flattens the params of the loss.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 SHAPES = {"bias": (4,), "kernel": (3, 4), "scale": ()}
 LEAVES = (slice(0, 4), slice(4, 16), slice(16, 17))
 SIZE = 17
+SCALES = np.concatenate([np.full(4, 1.5), np.full(12, 2.5), [0.5]])  # A multiplier for each leaf.
 
 
 def first_params() -> np.ndarray:
@@ -89,6 +91,51 @@ def asam(grad: Any, w: Any, t: int, memory: Any, *, rho: float, eta: float) -> A
     return grad(w + rho * size**2 * g / np.linalg.norm(size * g)), memory
 
 
+def matrices(v: np.ndarray, change: Any, otherwise: Any = unit) -> np.ndarray:
+    """A change of the kernel, and another of what is no matrix."""
+    return np.concatenate([otherwise(v[:4]), change(v[4:16].reshape(3, 4)).ravel(), otherwise(v[16:])])
+
+
+def awp(g: np.ndarray, w: np.ndarray, *, rho: float, bound: float) -> np.ndarray:
+    """Adversarial weight perturbation as used on Kaggle: as long as each leaf, and then clipped."""
+    parts = [rho * (np.linalg.norm(w[i]) + 1e-6) * g[i] / (np.linalg.norm(g[i]) + 1e-6) for i in LEAVES]
+    return np.clip(np.concatenate(parts), -bound * np.abs(w), bound * np.abs(w))
+
+
+def singular(count: int | None) -> Any:
+    """The product of the first so many pairs of singular vectors."""
+
+    def change(kernel: np.ndarray) -> np.ndarray:
+        left, _, right = np.linalg.svd(kernel, full_matrices=False)
+        return left[:, :count] @ right[:count]
+
+    return change
+
+
+def zscore(kernel: np.ndarray, q: float) -> np.ndarray:
+    """Yun: what stands out by its z-score; torch divides by n - 1 in the standard deviation."""
+    z = np.abs((kernel - kernel.mean()) / (kernel.std(ddof=1) + 1e-12))
+    return kernel * (z > np.quantile(z, q))
+
+
+def filtered(g: np.ndarray, *, q: float, per_leaf: bool) -> np.ndarray:
+    """One norm over what is kept (the paper), or the kernel's own and otherwise that of all (the code)."""
+    if not per_leaf:
+        return unit(matrices(g, lambda kernel: zscore(kernel, q), lambda v: v))
+    return matrices(g, lambda kernel: unit(zscore(kernel, q)), lambda v: v / np.linalg.norm(g))
+
+
+def perturbed(grad: Any, w: Any, t: int, memory: Any, *, rule: Any) -> Any:
+    """SAM with a perturbation that depends on the weights."""
+    del t
+    return grad(w + rule(grad(w), w)), memory
+
+
+def random_mask(grad: Any, w: Any, t: int, memory: Any, *, draws: Any, rho: float, keep: float) -> Any:
+    """Du et al., stochastic weight perturbation: entries drawn in every step, divided by their chance."""
+    return grad(w + rho / keep * (draws[t] < keep) * unit(grad(w))), memory
+
+
 def gcsam(grad: Any, w: Any, t: int, memory: Any, *, rho: float, descent: bool) -> Any:
     """Hassan et al.: centralized before the norm is taken, and again in the descent."""
     del t
@@ -128,6 +175,37 @@ def decoupled_wsam(
     g_p = grad(w + rho * unit(g))
     velocity = g if t == 0 else momentum * memory + g
     return -rate * velocity - rate * gamma / (1 - gamma) * (g_p - g), velocity
+
+
+def gnp(grad: Any, w: Any, t: int, memory: Any, *, rho: float, alpha: float, normalize: bool) -> Any:
+    """Zhao et al., equation for the approximated gradient; their code divides the clean one by its norm."""
+    del t
+    g = grad(w)
+    return (1 - alpha) * (unit(g) if normalize else g) + alpha * grad(w + rho * unit(g)), memory
+
+
+def le_sam(grad: Any, w: Any, t: int, memory: Any, *, rise: float, rho_max: float) -> Any:
+    """Wang, Liu et al.: a fixed rise of the linear model of the loss, within a largest radius."""
+    del t
+    g = grad(w)
+    return grad(w + min(rise / np.linalg.norm(g), rho_max) * unit(g)), memory
+
+
+def stable_sam(grad: Any, w: Any, t: int, memory: Any, *, rho: float) -> Any:
+    """Tan et al.: the direction of the perturbed gradient, the length of the clean one."""
+    del t
+    g = grad(w)
+    return np.linalg.norm(g) * unit(grad(w + rho * unit(g))), memory
+
+
+def xsam(grad: Any, w: Any, t: int, memory: Any, *, rho: float, alpha: float) -> Any:
+    """Chen and Zhou: spherical interpolation, in the length of the perturbed gradient."""
+    del t
+    g = grad(w)
+    g_p = grad(w + rho * unit(g))
+    angle = np.arccos(unit(g) @ unit(g_p))
+    arc = np.sin((1 - alpha) * angle) * unit(g) + np.sin(alpha * angle) * unit(g_p)
+    return np.linalg.norm(g_p) * arc / np.sin(angle), memory
 
 
 def sagm(grad: Any, w: Any, t: int, memory: Any, *, rho: float, alpha: float) -> Any:
@@ -196,6 +274,41 @@ def one_gradient(grad: Any, w: Any, t: int, memory: Any, *, rho: float) -> Any:
     """The same with the perturbed gradient of the step before, and nothing at first."""
     g = grad(w if t == 0 else w + rho * unit(memory))
     return g, g
+
+
+def cr_sam(grad: Any, w: Any, t: int, memory: Any, *, rho: float, gamma: float, beta: float) -> Any:
+    """Wu, Luo et al., as their code has it: the differences of the gradients on both sides."""
+    del t
+    g = grad(w)
+    up, down = grad(w + rho * unit(g)), grad(w - rho * unit(g))
+    return up + gamma * (up + down - 2 * g) + beta * (up - down), memory
+
+
+def sampa(grad: Any, w: Any, t: int, memory: Any, *, rho: float, rate: float, mix: float) -> Any:
+    """Xie et al.: perturbed along the gradient at the auxiliary point, which a descent step follows."""
+    m = np.zeros_like(w) if t == 0 else memory
+    ahead = grad(w - rate * m)
+    return (1 - mix) * grad(w + rho * unit(m)) + mix * ahead, ahead
+
+
+def preconditioned_sam(
+    grad: Any, w: Any, t: int, memory: Any, *, rho: float, power: float, decay: float
+) -> Any:
+    """Singh et al.: up along the gradient as Adam scales it, by the second moment that Adam would have."""
+    nu, g = np.zeros_like(w) if t == 0 else memory, grad(w)
+    g_p = grad(w + rho * unit(g / (nu**power + 1e-8)))
+    return g_p, decay * nu + (1 - decay) * g_p**2
+
+
+def sam_sps(
+    grad: Any, w: Any, t: int, memory: Any, *, loss: Any, rho: float, most: float, decay: float
+) -> Any:
+    """Oikonomou and Loizou: Polyak's step size at the perturbed point."""
+    del t
+    e = rho * unit(grad(w))
+    g_p = grad(w + e)
+    rate = np.clip((loss(w + e) - g_p @ e) / (g_p @ g_p), 0.0, most)
+    return -rate * (g_p + decay * w), memory
 
 
 def msam(grad: Any, w: Any, t: int, memory: Any, *, rho: float, rate: float, momentum: float) -> Any:
@@ -284,12 +397,29 @@ ORACLES: dict[str, Callable[..., Any]] = {
     "sam_split": functools.partial(several_steps, rho=0.1, n=2, stride=0.05, ball=False),
     "sam_free": functools.partial(several_steps, rho=0.1, n=2, stride=0.1, ball=False),
     "usam": functools.partial(sam, rho=0.01, direction=lambda g: g),
+    "sam_awp": functools.partial(perturbed, rule=functools.partial(awp, rho=0.1, bound=0.05)),
+    "sam_spectral": functools.partial(sam, rho=0.1, direction=lambda g: matrices(g, singular(None))),
+    "sam_nuclear": functools.partial(sam, rho=0.1, direction=lambda g: matrices(g, singular(1))),
+    "sam_zscore": functools.partial(
+        sam, rho=0.1, direction=functools.partial(filtered, q=0.5, per_leaf=False)
+    ),
+    "sam_zscore_per_leaf": functools.partial(
+        sam, rho=0.1, direction=functools.partial(filtered, q=0.5, per_leaf=True)
+    ),
+    "sam_scaled": functools.partial(sam, rho=0.1, direction=lambda g: SCALES * unit(SCALES * g)),
+    "sam_random_mask": functools.partial(random_mask, rho=0.1, keep=0.6),
     "asam": functools.partial(asam, rho=0.5, eta=0.01),
     "gcsam": functools.partial(gcsam, rho=0.1, descent=True),
     "gcsam_ascent_only": functools.partial(gcsam, rho=0.1, descent=False),
     "gsam": functools.partial(gsam, rho=0.1, alpha=0.4),
     "gsam_clean": functools.partial(gsam_clean, rho=0.1, alpha=0.4),
     "wsam": functools.partial(wsam, rho=0.1, gamma=0.8),
+    "gnp": functools.partial(gnp, rho=0.1, alpha=0.7, normalize=False),
+    "gnp_normalized": functools.partial(gnp, rho=0.1, alpha=0.7, normalize=True),
+    "unified_sam": functools.partial(sam, rho=0.02, direction=lambda g: 0.3 * g + 0.7 * unit(g)),
+    "le_sam": functools.partial(le_sam, rise=0.1, rho_max=0.15),
+    "stable_sam": functools.partial(stable_sam, rho=0.1),
+    "xsam": functools.partial(xsam, rho=0.1, alpha=1.5),
     "sagm": functools.partial(sagm, rho=0.05, alpha=0.001),
     "decoupled_wsam": functools.partial(decoupled_wsam, rho=0.1, gamma=0.6, rate=0.01, momentum=0.9),
     "bsam": functools.partial(bsam, rho=0.05, rate=0.1, n=100),
@@ -299,6 +429,10 @@ ORACLES: dict[str, Callable[..., Any]] = {
     "vasso": functools.partial(vasso, rho=0.1, theta=0.4),
     "async_sam": functools.partial(async_sam, rho=0.1),
     "async_sam_perturbed": functools.partial(one_gradient, rho=0.1),
+    "cr_sam": functools.partial(cr_sam, rho=0.1, gamma=0.2, beta=0.1),
+    "sampa": functools.partial(sampa, rho=0.1, rate=0.05, mix=0.3),
+    "preconditioned_sam": functools.partial(preconditioned_sam, rho=0.1, power=0.4, decay=0.9),
+    "sam_sps": functools.partial(sam_sps, rho=0.1, most=0.2, decay=0.01),
     "msam": functools.partial(msam, rho=0.1, rate=0.01, momentum=0.9),
     "msam_along_update": functools.partial(msam_along_update, rho=0.1, rate=0.01, momentum=0.9),
     "gated_sam": functools.partial(gated, rule=functools.partial(sam, rho=0.1), is_open=lambda t: t % 3 == 0),
@@ -339,6 +473,7 @@ def trajectory(rule: Any, *, whole_optimizer: bool) -> tuple[np.ndarray, list[An
     """
     w, velocity, memory = first_params(), np.zeros(SIZE), None
     points, memories, losses = [], [], []
+    needs_loss = "loss" in inspect.signature(rule).parameters
     for t, x in enumerate(batches()):
         visited: list[np.ndarray] = []
 
@@ -346,7 +481,8 @@ def trajectory(rule: Any, *, whole_optimizer: bool) -> tuple[np.ndarray, list[An
             visited.append(point)
             return gradient(point, x)
 
-        direction, memory = rule(grad, w, t, memory)
+        more = {"loss": functools.partial(loss, x=x)} if needs_loss else {}
+        direction, memory = rule(grad, w, t, memory, **more)
         losses.append(loss(visited[0], x))
         velocity = 0.9 * velocity + direction
         w = w + direction if whole_optimizer else w - 0.1 * velocity

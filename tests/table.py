@@ -43,6 +43,8 @@ class Row:
     divides_by_norm: bool = True
     # Whether the first pass is at params, and not at a random point nearby.
     clean_at_params: bool = True
+    # Whether it needs values of the loss, which a user's `grad_fn` does not give.
+    needs_values: bool = False
     # Whether the second evaluation is a Hessian-vector product, which costs almost two gradients.
     product: bool = False
 
@@ -172,11 +174,89 @@ ROWS = (
         scale_invariant=False,
     ),
     _row("asam", optax_sam.asam, kwargs={"rho": 0.5}),
+    _row(
+        "sam_awp",
+        optax_sam.sam,
+        kwargs={"rho": 0.1, "ascent": _ASCENT.bounded(_ASCENT.layerwise(1e-6, 1e-6), 0.05)},
+        divides_by_norm=False,  # Leaf by leaf, as do those that follow.
+        static_args=("ascent",),
+    ),
+    _row(
+        "sam_spectral",
+        optax_sam.sam,
+        algebra=20_000,  # 27 products of matrices as large as the largest.
+        kwargs={"rho": 0.1, "ascent": _ASCENT.matrix("spectral")},
+        divides_by_norm=False,
+        static_args=("ascent",),
+    ),
+    _row(
+        "sam_nuclear",
+        optax_sam.sam,
+        algebra=200,
+        kwargs={"rho": 0.1, "ascent": _ASCENT.matrix("nuclear", iterations=40)},
+        divides_by_norm=False,
+        static_args=("ascent",),
+    ),
+    _row(
+        "sam_zscore",
+        optax_sam.sam,
+        algebra=40,
+        kwargs={"rho": 0.1, "ascent": _ASCENT.zscore(0.5)},
+        divides_by_norm=False,
+        static_args=("ascent",),
+    ),
+    _row(
+        "sam_zscore_per_leaf",
+        optax_sam.sam,
+        algebra=40,
+        kwargs={"rho": 0.1, "ascent": _ASCENT.zscore(0.5, per_leaf=True)},
+        divides_by_norm=False,
+        static_args=("ascent",),
+    ),
+    _row(
+        "sam_scaled",
+        optax_sam.sam,
+        kwargs={
+            "rho": 0.1,
+            "ascent": _ASCENT.scaled(lambda params: jax.tree.map(lambda w: w.ndim + 0.5, params)),
+        },
+        static_args=("ascent",),
+    ),
+    _row(
+        "sam_random_mask",
+        optax_sam.sam,
+        algebra=125,
+        kwargs={"rho": 0.1, "ascent": _ASCENT.random_mask(0.6, 5)},
+        static_args=("ascent",),
+    ),
     _row("gcsam", optax_sam.gcsam, kwargs={"rho": 0.1}, base_at_zero=False),
     _row("gcsam_ascent_only", optax_sam.gcsam, kwargs={"rho": 0.1, "centralize_descent": False}),
     _row("gsam", optax_sam.gsam, kwargs={"rho": 0.1, "alpha": 0.4}),
     _row("gsam_clean", optax_sam.gsam, kwargs={"rho": 0.1, "alpha": 0.4, "objective": "clean"}),
     _row("wsam", optax_sam.wsam, kwargs={"rho": 0.1, "gamma": 0.8}),
+    _row("gnp", optax_sam.gnp, kwargs={"rho": 0.1, "alpha": 0.7}),
+    _row(
+        "gnp_normalized",
+        optax_sam.gnp,
+        kwargs={"rho": 0.1, "alpha": 0.7, "normalize_clean": True},
+        base_at_zero=False,
+    ),
+    _row(
+        "unified_sam",
+        optax_sam.unified_sam,
+        kwargs={"rho": 0.02, "mix": 0.7},
+        divides_by_norm=False,
+        scale_invariant=False,
+    ),
+    _row(
+        "le_sam",
+        optax_sam.le_sam,
+        kwargs={"loss_rise": 0.1, "rho_max": 0.15},
+        radius="loss_rise",
+        scale_invariant=False,
+    ),
+    _row("stable_sam", optax_sam.stable_sam, kwargs={"rho": 0.1}),
+    _row("xsam", optax_sam.xsam, kwargs={"rho": 0.1, "alpha": 1.5}),
     _row(
         "sagm",
         optax_sam.wsam,
@@ -299,6 +379,30 @@ ROWS = (
         kwargs={"rho": 0.1, "reuse": "perturbed"},
         evaluations=(1,),
         memory_copies=1,
+    ),
+    _row("cr_sam", optax_sam.cr_sam, kwargs={"rho": 0.1, "gamma": 0.2, "beta": 0.1}, evaluations=(3,)),
+    _row(
+        "sampa",
+        optax_sam.sampa,
+        kwargs={"learning_rate": 0.05, "rho": 0.1, "mix": 0.3},
+        memory_copies=1,
+        base_at_zero=False,
+        divides_by_norm=False,
+        clean_at_params=False,
+    ),
+    _row(
+        "preconditioned_sam",
+        optax_sam.preconditioned_sam,
+        kwargs={"rho": 0.1, "power": 0.4, "decay": 0.9},
+        memory_copies=1,
+    ),
+    _row(
+        "sam_sps",
+        optax_sam.sam_sps,
+        kwargs={"rho": 0.1, "max_learning_rate": 0.2, "weight_decay": 0.01},
+        whole_optimizer=True,
+        base_at_zero=False,
+        needs_values=True,
     ),
     _row(
         "msam",

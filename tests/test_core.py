@@ -1,6 +1,7 @@
 """What the core promises to every variant: zero means zero, one state, three doors, a mark on the pair."""
 
 import functools
+import inspect
 import re
 from typing import Any
 
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import optax_sam
 from optax_sam import ascent
+from optax_sam._loss import Loss, Pass, Peers
 
 pytestmark = pytest.mark.by_tier
 
@@ -231,6 +233,33 @@ def test_injected_steps_are_refused() -> None:
     optax.inject_hyperparams(optax_sam.sam)(rho=0.1).init(table.params())
 
 
+TAKE_RULES = [row for row in table.VARIANTS if "ascent" in inspect.signature(row.constructor).parameters]
+
+
+@pytest.mark.parametrize("row", TAKE_RULES, ids=lambda row: row.name)
+def test_a_random_rule_draws_anew_in_every_step(row: table.Row) -> None:
+    """Also inside another rule, and always the same in the same step."""
+    masks = optax_sam.ascent.masked(True, optax_sam.ascent.absolute(optax_sam.ascent.random_mask(0.5)))
+    variant, params = row.make(ascent=masks), jnp.linspace(1.0, 2.0, 50)
+    points: list[Any] = []
+
+    def pass_at(w: Any, _: Any) -> Pass:
+        points.append(w)
+        return Pass(jnp.zeros(()), w)
+
+    loss = Loss(params, pass_at, pass_at, Peers())
+    first = variant.init(params)
+    _, state = variant.update(variant.evaluate(loss, first).gradients, first, params)
+    seen = []
+    for step in (0, 4, 4):  # At which LookSAM too takes the second gradient.
+        variant.evaluate(loss, state._replace(step=jnp.asarray(step)))
+        moved = points[-1] != params
+        assert 10 < np.sum(moved) < 40
+        seen.append(moved)
+    assert np.any(seen[0] != seen[1])
+    np.testing.assert_array_equal(seen[1], seen[2])
+
+
 # The third door: `grad_fn=`.
 
 
@@ -268,7 +297,7 @@ def compare_doors(row: table.Row, tx: Any, evaluate_with: Any = None, *, all_par
     assert any(np.any(x != y) for x, y in zip(jax.tree.leaves(ends[1]), jax.tree.leaves(start), strict=True))
 
 
-@every_variant
+@pytest.mark.parametrize("row", [row for row in table.VARIANTS if not row.needs_values], ids=lambda r: r.name)
 def test_the_third_door(row: table.Row) -> None:
     compare_doors(row, optax.apply_if_finite(row.optimizer()[1], 3))
 
@@ -349,7 +378,17 @@ def test_the_third_door_says_what_it_needs() -> None:
         masked.update(plain, masked.init(params), params, grad_fn=grad_fn_of(table.batch()))
 
 
-@pytest.mark.parametrize("row", table.ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [row for row in table.ROWS if row.needs_values], ids=lambda row: row.name)
+def test_a_door_without_values_is_refused(row: table.Row) -> None:
+    variant, params = row.make(), table.params()
+    state, words = variant.init(params), r"needs the loss .*pass `update` the pair of `sam_value_and_grad`"
+    with pytest.raises(TypeError, match=words):
+        variant.update(params, state, params, grad_fn=lambda params: params)
+    with pytest.raises(TypeError, match=words):
+        variant.update(params, state, params, clean_updates=params)
+
+
+@pytest.mark.parametrize("row", [row for row in table.ROWS if not row.needs_values], ids=lambda row: row.name)
 def test_evaluations_of_the_third_door(row: table.Row) -> None:
     """`grad_fn` is called for what the given gradient does not say already."""
     calls = []
@@ -519,18 +558,6 @@ def test_the_ascent_along_another_loss() -> None:
         optax_sam.sam_value_and_grad(table.loss, optax_sam.sam(), ascent_loss=3)
 
 
-def functional_sam(rho: float) -> Any:
-    """Functional SAM: the network linearized at the perturbed point, the loss where it was."""
-    climb = ascent.normalized()
-
-    def evaluate(loss: optax_sam.Loss, state: optax_sam.SAMState) -> optax_sam.Evaluation:
-        clean = loss.ascent()
-        perturbation = climb(clean.gradient, state.rho, loss.params)
-        return loss.pair(clean, loss.at(perturbation, cotangent_of=clean))
-
-    return optax_sam.sharpness_aware(rho, evaluate=evaluate)
-
-
 def test_a_composite_loss_shows_its_parts_to_a_rule() -> None:
     """f = a b, l = (f - y)^2 / 2 at (1, 2), y = 0.5, by hand; SAM itself sees an ordinary loss."""
     loss = optax_sam.CompositeLoss(
@@ -538,13 +565,13 @@ def test_a_composite_loss_shows_its_parts_to_a_rule() -> None:
     )
     params, x, y = jnp.array([1.0, 2.0]), jnp.ones(1), jnp.full(1, 0.5)
     wanted = {"functional": (3.0670820394, 1.6341640787), "sam": (3.53247452, 1.88212865)}
-    for name, variant in (("functional", functional_sam(0.1)), ("sam", optax_sam.sam(0.1))):
+    for name, variant in (("functional", optax_sam.functional_sam(0.1)), ("sam", optax_sam.sam(0.1))):
         value, grads = optax_sam.sam_value_and_grad(loss, variant)(params, x, y, state=variant.init(params))
         np.testing.assert_allclose(value, 1.125, rtol=1e-6)
         np.testing.assert_allclose(grads.clean, [3.0, 1.5], rtol=1e-6)
         np.testing.assert_allclose(grads.perturbed, wanted[name], rtol=1e-6)
     with pytest.raises(TypeError, match=r"see the outputs of the network.*CompositeLoss"):
-        evaluated(functional_sam(0.1))
+        evaluated(optax_sam.functional_sam(0.1))
     with pytest.raises(ValueError, match="`has_aux` is True, and that of the `CompositeLoss` is False"):
         optax_sam.sam_value_and_grad(loss, optax_sam.sam(), has_aux=True)
 
@@ -579,7 +606,7 @@ def test_a_composite_loss_in_all_forms(form: str) -> None:
     parts = 4 if form.startswith("shards") or form == "devices, local" else 1
     split = [a.reshape(parts, -1, *a.shape[1:]) for a in (x, y)]
     expected = jax.tree.map(lambda g: jnp.mean(g, axis=0), jax.vmap(by_hand)(*split))
-    variant = functional_sam(0.1)
+    variant = optax_sam.functional_sam(0.1)
 
     def run(params: Any, batch: Any) -> Any:
         value_and_grad = optax_sam.sam_value_and_grad(loss, variant, has_aux=True, **how)

@@ -3,6 +3,7 @@
 import copy
 import functools
 import importlib
+import inspect
 import pickle
 import sys
 import warnings
@@ -361,7 +362,12 @@ def test_keywords_of_the_loss_that_are_taken() -> None:
     assert run(scaled, 2.0, state=state, loss_scale=4.0) == 2 * once
 
 
-@all_rows(*[row for row in table.VARIANTS if not row.whole_optimizer and row.radius == "rho"])
+def begins_with_rho(row: Row) -> bool:
+    """Whether the radius is the first argument of its constructor."""
+    return next(iter(inspect.signature(row.constructor).parameters)) == "rho"
+
+
+@all_rows(*[row for row in table.VARIANTS if not row.whole_optimizer and begins_with_rho(row)])
 def test_the_form_of_contrib_sam(row: Row) -> None:
     base = optax.sgd(0.1)
     ours = rf"after the variant in a chain: `optax.chain\({row.constructor.__name__}\(rho=0.05\),"
@@ -630,7 +636,9 @@ def test_metrics_under_debug_nans(row: Row, jit: bool) -> None:
                 evaluate(VECTOR, FOUR, state) if jit else value_and_grad(VECTOR, FOUR, state=state)
             )
             _, state = tx.update(grads, state, VECTOR)
-        direct, _ = tx.update(grads.clean, state, VECTOR, grad_fn=lambda w: jax.grad(quartic)(w, FOUR))
+        direct = None
+        if not row.needs_values:
+            direct, _ = tx.update(grads.clean, state, VECTOR, grad_fn=lambda w: jax.grad(quartic)(w, FOUR))
     assert not any(map(np.isnan, metrics))
     chex.assert_tree_all_finite((direct, metrics._replace(perturbed_loss=0.0, sharpness=0.0)))
     assert bool(jnp.isinf(metrics.sharpness)) == (
@@ -844,7 +852,7 @@ def test_extra_args_that_a_link_requires(row: Row) -> None:
         return updates, state
 
     needs = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
-    base = optax.chain(needs, optax.sgd(0.1, momentum=0.9))
+    base = optax.chain(needs, optax.adam(0.1))
     if "base_optimizer" in row.kwargs:
         variant = row.make(base_optimizer=base)
         tx = optax.chain(variant, plateau)

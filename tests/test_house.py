@@ -9,7 +9,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "optax_sam"
 # From the ground up: a file imports from files that stand before it only.
 FLOORS = (
     "_checks _tree",
-    "ascent schedules _loss",
+    "ascent schedules losses _loss",
     "_state _types",
     "_variant",
     "gates",

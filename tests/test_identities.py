@@ -77,8 +77,15 @@ def walk(variant, problem="table", *, tx=None, base=None, **options):
     return lambda params, batches: jax.lax.scan(step, (params, tx.init(params)), batches)[1]
 
 
+def leaf_by_leaf(gradient, rho, params):
+    """A ball for each leaf."""
+    del params
+    return jax.tree.map(lambda g: rho * g / jnp.linalg.norm(g), gradient)
+
+
 # The other sides of the identities below.
 REFERENCES = {
+    "leafwise": optax_sam.sam(RHO, ascent=leaf_by_leaf),
     "base": None,
     "sam": optax_sam.sam(RHO),
     "usam": optax_sam.sam(0.01, ascent=ascent.unnormalized()),
@@ -113,6 +120,14 @@ TWINS = dict(
         twin("masked_all", optax_sam.sam(RHO, ascent=ascent.masked(True))),
         twin("masked_all_norm_all", optax_sam.sam(RHO, ascent=ascent.masked(True, norm="all"))),
         twin("fisher", optax_sam.sam(RHO, ascent=ascent.fisher(0.0))),
+        twin("bounded_far_away", optax_sam.sam(RHO, ascent=ascent.bounded(None, 1e9))),
+        twin("scaled_alike", optax_sam.sam(RHO / 3, ascent=ascent.scaled(3.0))),
+        twin("random_mask_keeps_all", optax_sam.sam(RHO, ascent=ascent.random_mask(1.0))),
+        *(
+            twin(f"matrix_{norm}", optax_sam.sam(RHO, ascent=ascent.matrix(norm)), "leafwise", "vectors")
+            for norm in ("spectral", "nuclear")
+        ),
+        twin("zscore", optax_sam.sam(RHO, ascent=ascent.zscore(0.5)), problem="vectors"),
         twin("extrapolated", optax_sam.sam(RHO, ascent=ascent.extrapolated(0.0))),
         twin("gcsam", optax_sam.gcsam(RHO), problem="vectors"),
         twin("gcsam_ascent_only", optax_sam.gcsam(RHO, centralize_descent=False), problem="vectors"),
@@ -122,6 +137,15 @@ TWINS = dict(
         twin("wsam_zero", optax_sam.wsam(RHO, 0.0), "base"),
         twin("wsam_four_ninths", optax_sam.wsam(RHO, 4 / 9), "wsam"),
         twin("gnp", optax_sam.hessian_sam(0.8 * RHO, difference=RHO), "wsam"),
+        twin("gnp_one", optax_sam.gnp(RHO, 1.0)),
+        twin("gnp_by_name", optax_sam.gnp(RHO, 0.8), "wsam"),
+        twin("gnp_zero", optax_sam.gnp(RHO, 0.0), "base"),
+        twin("preconditioned_power_zero", optax_sam.preconditioned_sam(RHO, 0.0)),
+        twin("cr_sam_zero", optax_sam.cr_sam(RHO, 0.0, 0.0)),
+        twin("unified_one", optax_sam.unified_sam(RHO, 1.0)),
+        twin("unified_zero", optax_sam.unified_sam(0.01, 0.0), "usam"),
+        twin("le_sam_far", optax_sam.le_sam(1e9, RHO)),
+        twin("xsam_one", optax_sam.xsam(RHO, 1.0)),
         twin("decoupled_zero", DECOUPLED, "base", tx=DECOUPLED),
         twin("looksam", optax_sam.looksam(RHO, k=1)),
         twin("looksam_per_leaf", optax_sam.looksam(RHO, k=1, per_leaf=True)),
@@ -200,6 +224,21 @@ def test_sam_is_the_one_of_optax():
         params, state = step(params, state, x)
         points.append(flat(params))
     np.testing.assert_allclose(points, walks("table")["sam"], rtol=1e-12, atol=1e-12)
+
+
+def test_the_second_moment_of_preconditioned_sam_is_that_of_adam():
+    """Which stands in Adam's state too, if both decay alike."""
+    variant = optax_sam.preconditioned_sam(RHO, decay=0.9)
+    tx = optax.chain(variant, optax.adam(0.01, b2=0.9))
+    value_and_grad = optax_sam.sam_value_and_grad(table.loss, variant)
+    params = first_params("table")
+    state = tx.init(params)
+    for x in batches():
+        _, grads = value_and_grad(params, x, state=state)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    ours, theirs = state[0].memory.second_moment, optax.tree.get(state, "nu")
+    np.testing.assert_allclose(flat(ours), flat(theirs), rtol=1e-12)
 
 
 @pytest.mark.parametrize("row", AT_ZERO, ids=lambda row: row.name)

@@ -65,6 +65,13 @@ def noise(row):
     return np.array(draws)
 
 
+def draws():
+    """The uniform numbers behind the random mask of the table, by its public rule: the key and the step."""
+    like, key = tree(np.zeros(oracles.SIZE)), jax.random.key(5)
+    steps = [jax.random.fold_in(key, t) for t in range(len(oracles.batches()))]
+    return np.array([ravel_pytree(optax.tree.random_like(k, like, jax.random.uniform))[0] for k in steps])
+
+
 @pytest.mark.every_row
 @pytest.mark.parametrize("row", table.ROWS, ids=lambda row: row.name)
 def test_the_trajectory_is_the_papers(row):
@@ -73,6 +80,8 @@ def test_the_trajectory_is_the_papers(row):
         rule = oracles.ORACLES[row.name]
         if "noise" in inspect.signature(rule).parameters:
             rule = functools.partial(rule, noise=noise(row))
+        if "draws" in inspect.signature(rule).parameters:
+            rule = functools.partial(rule, draws=draws())
     expected, expected_memories, expected_values = oracles.trajectory(
         rule, whole_optimizer=row.whole_optimizer
     )

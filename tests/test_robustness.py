@@ -114,6 +114,12 @@ RULES = {
     "centralized": ascent.centralized(),
     "unnormalized": ascent.unnormalized(),
     "fisher": ascent.fisher(),
+    "bounded": ascent.bounded(ascent.layerwise(), 0.1),
+    "scaled": ascent.scaled(3.0),
+    "zscore": ascent.zscore(0.5),
+    "random_mask": ascent.random_mask(0.5),
+    "spectral": ascent.matrix("spectral"),
+    "nuclear": ascent.matrix("nuclear"),
 }
 
 
@@ -138,7 +144,7 @@ def test_perturbations(tree: Any, seed: int, name: str, rho: float, masks: bool)
         assert jnp.promote_types(e.dtype, g.dtype) == e.dtype
         if not is_chosen or not np.any(g):
             assert not np.any(e)
-        elif name != "centralized":
+        elif name not in ("centralized", "spectral", "nuclear"):
             assert np.all(np.asarray(e) * np.sign(np.asarray(g, np.float64)) >= 0)
     seen = [g for g, is_chosen in zip(exact(gradient), chosen, strict=True) if is_chosen]
     if name == "normalized":

@@ -185,6 +185,52 @@ def test_e2_masks_and_coarser_scales():
     close(by_filter(one_leaf[0][None], 0.5, one_leaf[2][None])[0], (0.999980469322, -0.00156246948332))
 
 
+def test_adversarial_weight_perturbation():
+    """In the form of Kaggle: one leaf, a small and a large radius."""
+    for rho, fraction, e, u in (
+        (0.1, 0.05, (0.05, 0.0140719594448), (10.5, 1.01407195944)),
+        (1.0, 0.01, (0.01, 0.01), (10.1, 1.01)),
+    ):
+        rule = ascent.bounded(ascent.layerwise(1e-6, 1e-6), fraction)
+        close(rule(jnp.array(G0), rho, jnp.array(W0)), e)
+        close(direction(optax_sam.sam(rho, ascent=rule), jnp.array(W0))[1], u)
+
+
+KERNEL = {
+    "Frobenius": (ascent.normalized(), (0.0953462589, 0.0095346259, 0.0, -0.0286038777)),
+    "spectral": (ascent.matrix("spectral"), (0.0997054486, 0.0076696499, 0.0076696499, -0.0997054486)),
+    "nuclear": (ascent.matrix("nuclear"), (0.0993501990, 0.0109058928, -0.0032362429, -0.0003552496)),
+    "z-score": (ascent.zscore(0.5), (0.0957826285, 0.0, 0.0, -0.0287347886)),
+}
+
+
+@pytest.mark.parametrize("case", KERNEL)
+def test_rules_of_a_matrix(case):
+    """As a matrix, and as a leaf of three axes; ten decimals are known."""
+    rule, expected = KERNEL[case]
+    for shape in ((2, 2), (2, 1, 2)):
+        gradient = jnp.array([10.0, 1.0, 0.0, -3.0]).reshape(shape)
+        e = rule(gradient, 0.1, gradient)
+        assert e.shape == shape
+        np.testing.assert_allclose(e.ravel(), expected, rtol=0, atol=1e-10)
+
+
+def test_z_scores_leaf_by_leaf():
+    """The kernel has a ball of its own; what is no matrix moves as in SAM."""
+    gradient = {"kernel": jnp.array([[10.0, 1.0], [0.0, -3.0]]), "bias": jnp.array([5.0, 3.0])}
+    e = ascent.zscore(0.5, per_leaf=True)(gradient, 0.1, gradient)
+    np.testing.assert_allclose(e["kernel"].ravel(), KERNEL["z-score"][1], rtol=0, atol=1e-10)
+    close(e["bias"], 0.1 * np.array([5.0, 3.0]) / 12.0)
+    together = ascent.zscore(0.5)(gradient, 0.1, gradient)
+    close(together["bias"], 0.1 * np.array([5.0, 3.0]) / np.sqrt(109 + 34))
+
+
+def test_multipliers(store):
+    """The gradient (10, 1) is (10, 3) in units of the multipliers (1, 3)."""
+    e = flat(ascent.scaled(store((1.0, 3.0)))(store(G0), 0.1, store(W0)))
+    close(e, 0.1 * np.array([10.0, 9.0]) / np.sqrt(109))
+
+
 E3_WEIGHT = np.array([[1.0, 2.0, 6.0], [-1.0, 0.5, 2.0]])  # Rows are outputs.
 E3_BIAS = np.array([0.5, -1.5])
 E3 = {
@@ -263,7 +309,16 @@ DIRECTIONS = {
         W0,
         (10.1987592976, 1.00198759298),
     ),
-    "E12, GNP": (optax_sam.wsam(0.1, alpha=0.8), W0, (10.7960297522, 1.00796029752)),
+    "E12, WSAM": (optax_sam.wsam(0.1, alpha=0.8), W0, (10.7960297522, 1.00796029752)),
+    "E12": (optax_sam.gnp(), W0, (10.7960297522, 1.00796029752)),
+    "E12, of the code": (optax_sam.gnp(normalize_clean=True), W0, (8.99503719021, 0.827861041326)),
+    "E26": (optax_sam.stable_sam(0.1), W0, (10.0077448218, 0.919262520881)),
+    "LE-SAM": (optax_sam.le_sam(0.5, 2.0), W0, (10.4950495050, 1.00495049505)),
+    "LE-SAM, the largest radius": (optax_sam.le_sam(10.0, 0.1), W0, (10.9950371902, 1.00995037190)),
+    "Unified SAM": (optax_sam.unified_sam(0.1, 0.5), W0, (15.4975185951, 1.05497518595)),
+    "XSAM, 0": (optax_sam.xsam(0.1, 0.0), W0, (10.9865283198, 1.09865283198)),
+    "XSAM, 0.5": (optax_sam.xsam(0.1, 0.5), W0, (10.9908722402, 1.05431018589)),
+    "XSAM, 2": (optax_sam.xsam(0.1, 2.0), W0, (11.0028299111, 0.921182129825)),
     "E21": (optax_sam.sam(0.1, ascent=ascent.fisher()), W0, (10.0811093765, 1.04096023515)),
 }
 
@@ -381,6 +436,111 @@ def walks(store):
 def test_walks(case, store):
     for t, w in WALKS[case][-1].items():
         close(walks(store)[case][t], w)
+
+
+def test_unified_sam_moves_from_one_form_to_the_other(store):
+    """In step 3, counted from one, of the schedule of the authors."""
+    variant = optax_sam.unified_sam(0.1, lambda step: 1 - 1 / (step + 1))
+    state = variant.init(store(W0))._replace(step=jnp.asarray(2))
+    _, grads = optax_sam.sam_value_and_grad(loss, variant)(store(W0), L1, state=state)
+    e = np.array([0.399669146014, 0.0399669146014])
+    close(flat(grads.perturbed), np.array([10.0, 1.0]) * (1 + e))
+
+
+def test_e23_cr_sam(store):
+    """Of a loss with a cubic term; on a quadratic the curvature drops out."""
+    variant = optax_sam.cr_sam(0.1, gamma=0.1, beta=0.01)
+    close(direction(variant, store(W0))[1], (11.014937934014089, 1.0101493793401408))
+
+    def cubic(params):
+        w, _ = ravel_pytree(params)
+        return loss(params, L1) + jnp.sum(w**3) / 3
+
+    state = variant.init(store(W0))
+    _, grads = optax_sam.sam_value_and_grad(cubic, variant)(store(W0), state=state)
+    close(flat(grads.clean), (11.0, 2.0))
+    close(flat(variant.update(grads, state, store(W0))[0]), (12.2158727700, 2.05512294409))
+
+
+def test_e25_sampa(store):
+    """From a gradient at the auxiliary point that is known before the first step, as the paper begins."""
+    variant = optax_sam.sampa(0.05, rho=0.1, mix=0.2)
+    tx = optax.chain(variant, optax.sgd(0.05))
+    params = store(W0)
+    state = tx.init(params)
+    state = (state[0]._replace(memory=type(state[0].memory)(store(G0))), state[1])
+    step, points, ahead = jax.jit(step_of(variant, tx)), [], []
+    for _ in range(2):
+        before = np.asarray(flat(state[0].memory.gradient)), np.asarray(flat(params))
+        params, state, value, _ = step(params, state, L1)
+        y = before[1] - 0.05 * before[0]
+        ahead.append(y)
+        close(value, (10 * y[0] ** 2 + y[1] ** 2) / 2)
+        points.append(flat(params))
+    close(ahead, [(0.5, 0.95), (0.260198512392, 0.902601985124)])
+    close(points, [(0.510198512392, 0.950101985124), (0.240802278128, 0.902325243284)])
+
+
+@pytest.mark.parametrize(
+    ("variant", "rate", "w"),
+    [
+        (optax_sam.sam_sps(0.1), 0.0447084560303, (0.508428863230, 0.954846678205)),
+        (optax_sam.sam_sps(0.01, ascent=ascent.unnormalized()), 0.0446643626747, None),
+        (optax_sam.sam_sps(0.1, max_learning_rate=0.01), 0.01, None),
+        # What is left of the linear model is below zero there.
+        (optax_sam.sam_sps(5.0), 0.0, W0),
+        (optax_sam.sam_sps(0.1, min_loss=100.0), 0.0, W0),
+    ],
+)
+def test_sam_sps(store, variant, rate, w):
+    params = store(W0)
+    state = variant.init(params)
+    _, grads = optax_sam.sam_value_and_grad(loss, variant)(params, L1, state=state)
+    updates, _ = variant.update(grads, state, params)
+    close(flat(updates), -rate * np.asarray(flat(grads.perturbed)))
+    if w is not None:
+        close(flat(optax.apply_updates(params, updates)), w)
+
+
+@pytest.mark.parametrize(
+    ("power", "e"),
+    [
+        (0.0, (0.0995037190, 0.00995037190)),
+        (0.5, (0.0707106781, 0.0707106781)),
+        (1.0, (0.00995037190, 0.0995037190)),
+    ],
+)
+def test_a_preconditioned_step(store, power, e):
+    """Where the second moment is the square of the gradient; ten decimals are known."""
+    variant, params = optax_sam.preconditioned_sam(0.1, power, eps=1e-14), store(W0)
+    state = variant.init(params)
+    state = state._replace(memory=type(state.memory)(store((100.0, 1.0))))
+    _, grads = optax_sam.sam_value_and_grad(loss, variant)(params, L1, state=state)
+    np.testing.assert_allclose(flat(grads.perturbed) / np.array([10.0, 1.0]) - 1, e, rtol=0, atol=1e-10)
+
+
+def test_e14_the_trajectory_loss():
+    """Of SAF and MESA, with the temperature 5 and the weight 0.3."""
+    z, past = jnp.array([2.0, 1.0, 0.0]), jnp.array([1.0, 1.5, 0.0])
+    close(optax_sam.losses.trajectory(z, past), 0.209464514118)
+
+    def weighed(z, past):
+        return 0.3 * jnp.mean(optax_sam.losses.trajectory(z, past))
+
+    value, gradient = jax.value_and_grad(weighed)(jnp.stack([z, z]), jnp.stack([past, past]))
+    close(value, 0.0628393542355)
+    close(2 * gradient[0], (0.0896262200603, -0.0735678280390, -0.0160583920213))
+    assert not np.any(jax.grad(weighed, argnums=1)(z, past))
+
+
+def test_the_objective_of_bisam():
+    z, y = jnp.array([2.0, 1.0, 0.0]), jnp.array(1)
+    close(optax_sam.losses.bisam(z, y), 1.14576306512)
+    close(optax_sam.losses.bisam(jnp.stack([z, z]), jnp.array([1, 1])), [1.14576306512] * 2)
+    margins = 10 * np.tanh([0.1, 0.0, -0.1])
+    close(optax_sam.losses.bisam(z, y, form="tanh"), np.log(np.sum(np.exp(margins))))
+    # Where another class is far ahead the exponential of the log form grows by e for each unit and no more.
+    assert optax_sam.losses.bisam(jnp.array([1e4, 0.0]), jnp.array(1)) < 2.0
 
 
 def test_e1_losses(store):

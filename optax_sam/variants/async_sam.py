@@ -79,10 +79,11 @@ def async_sam(
     def climb(gradient: optax.Updates, state: SAMState, params: optax.Params) -> optax.Updates:
         # There is no previous step at first: its own gradient stands in.
         along = _tree.select(state.step == 0, gradient, state.memory.gradient)
-        return rule(along, state.rho, params)
+        return ascents.at_step(rule, state.step)(along, state.rho, params)
 
     def evaluate_once(loss: Loss, state: SAMState) -> Evaluation:
-        return loss.pair(loss.ascent(rule(state.memory.gradient, state.rho, loss.params)), None)
+        climb_along = ascents.at_step(rule, state.step)
+        return loss.pair(loss.ascent(climb_along(state.memory.gradient, state.rho, loss.params)), None)
 
     def descent(gradients: SAMGradients, state: SAMState, params: optax.Params) -> tuple[optax.Updates, Any]:
         del state, params

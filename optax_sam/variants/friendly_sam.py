@@ -80,7 +80,7 @@ def friendly_sam(
     def climb(gradient: optax.Updates, state: SAMState, params: optax.Params) -> optax.Updates:
         average = state.memory.average
         deviation = jax.tree.map(lambda g, m: g - sigma * m, gradient, average)
-        return rule(deviation, state.rho, params)
+        return ascents.at_step(rule, state.step)(deviation, state.rho, params)
 
     def descent(gradients: SAMGradients, state: SAMState, params: optax.Params) -> tuple[optax.Updates, Any]:
         del params

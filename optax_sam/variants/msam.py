@@ -137,10 +137,11 @@ def msam(
         return state
 
     def evaluate(loss: Loss, state: SAMState) -> Evaluation:
+        of_step = ascents.at_step(rule, state.step)
         if along == "update":
-            perturbation = rule(state.memory.update, state.rho, loss.params)
+            perturbation = of_step(state.memory.update, state.rho, loss.params)
         else:
-            perturbation = rule(_momentum(state.memory, loss.params), -state.rho, loss.params)
+            perturbation = of_step(_momentum(state.memory, loss.params), -state.rho, loss.params)
         return loss.pair(loss.ascent(perturbation), None)
 
     def descent(

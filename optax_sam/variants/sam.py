@@ -82,12 +82,13 @@ def _several_steps(ascent: ascents.Ascent, steps: int, mode: StepMode) -> Evalua
         raise ValueError(msg)
 
     def evaluate(loss: Loss, state: SAMState) -> Evaluation:
+        rule = ascents.at_step(ascent, state.step)
         stride = state.rho / steps if mode == "split" else state.rho
         clean = loss.ascent()
-        perturbation = ascent(clean.gradient, stride, loss.params)
+        perturbation = rule(clean.gradient, stride, loss.params)
         for _ in range(steps - 1):
             here = loss.ascent(perturbation)
-            perturbation = optax.tree.add(perturbation, ascent(here.gradient, stride, loss.params))
+            perturbation = optax.tree.add(perturbation, rule(here.gradient, stride, loss.params))
             if mode == "pgd":
                 size = cast("Any", length)(perturbation, loss.params)
                 perturbation = _tree.into_ball(perturbation, size, state.rho)

@@ -75,7 +75,7 @@ def vasso(
         return _tree.blend(state.memory.average, gradient, weight)
 
     def climb(gradient: optax.Updates, state: SAMState, params: optax.Params) -> optax.Updates:
-        return rule(averaged(gradient, state), state.rho, params)
+        return ascents.at_step(rule, state.step)(averaged(gradient, state), state.rho, params)
 
     def descent(gradients: SAMGradients, state: SAMState, params: optax.Params) -> tuple[optax.Updates, Any]:
         del params
