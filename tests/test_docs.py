@@ -24,7 +24,7 @@ DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", sorted((*DOCS.glob("*.md"), *DOCS.glob("guides/*.md"))), ids=lambda page: page.stem)
 def test_code_runs_and_prints_what_stands_there(page: pathlib.Path) -> None:
     namespace: dict[str, Any] = {}
     blocks = BLOCK.findall(page.read_text(encoding="utf-8"))

@@ -109,7 +109,7 @@ def anchors(page: pathlib.Path) -> set[str]:
 
 @pytest.mark.parametrize(
     "page",
-    sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("*/*.md")) if path.parent.name[0] != "."),
+    sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("docs/guides/*.md")) if path.parent.name[0] != "."),
     ids=lambda page: page.name,
 )
 def test_links_and_pictures_are_there(page: pathlib.Path) -> None:
