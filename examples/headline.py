@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "2 bits": {name: bits[name][:, list(quantize.BITS).index("2 bits")] for name in SHOWN},
         "old task at 80 % of the new": {name: np.array(values) for name, values in old.items()},
     }
-    report = {title: summary(values) for title, values in report.items()}
+    report = reporting.compare(report)
     for title, arms in report.items():
         shown = (
             f"{name} {row['mean']:.1f}" + (f" ({reporting.interval(row['gain'])})" if "gain" in row else "")
@@ -92,15 +92,6 @@ def wrong_labels(options: argparse.Namespace) -> dict[str, np.ndarray]:
     curves = digits.train(arms, reporting.seeds_of(options), epochs=options.epochs)
     names = ("momentum", "tuned L2", "SAM")
     return {name: 100 * curve.test for name, curve in zip(names, curves.values(), strict=True)}
-
-
-def summary(values: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Means, and gains over the first arm."""
-    base = next(iter(values.values()))
-    return {
-        name: {**reporting.spread(v), **({} if v is base else {"gain": reporting.gain_over(v, base)})}
-        for name, v in values.items()
-    }
 
 
 def draw_wrong(axes: Axes, wrong: dict[str, np.ndarray]) -> None:

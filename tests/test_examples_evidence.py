@@ -155,7 +155,7 @@ def test_fine_tuning_measures_before_and_after():
     path = tuning.path(params, old, new, 0)
     assert path.shape == (3, 2)
     for task, first in zip((old, new), path[0], strict=True):
-        part = task.test_images[:1000], task.test_labels[:1000]
+        part = task.test_images[: forgetting.TEST_SIZE], task.test_labels[: forgetting.TEST_SIZE]
         assert float(small_images.accuracy(Linear(), params, *part)) == pytest.approx(first)
     assert path[2, 1] > path[1, 1] > path[0, 1]
 
