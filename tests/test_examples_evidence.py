@@ -4,6 +4,7 @@ import json
 
 import flax.linen as nn
 import forgetting
+import headline
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -214,6 +215,45 @@ def test_the_words_say_what_came_out():
     assert max(map(len, table.splitlines())) <= 80
 
 
+def _write(folder, name, content):
+    (folder / name).mkdir()
+    (folder / name / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_the_headline_draws_what_was_measured(tmp_path, capsys):
+    options = ["--results", str(tmp_path), "--figure", str(tmp_path / "headline.png")]
+    with pytest.raises(SystemExit):
+        headline.main(options)
+    assert "run `python examples/train_digits.py` first" in capsys.readouterr().err
+
+    curves = {
+        "momentum": 0.7,
+        "sam, rho 0.7": 0.9,
+        "momentum, tuned L2 0.02": 0.92,
+        "sam 0.5, tuned L2": 0.93,
+    }
+    rising = np.linspace(-0.2, 0, 10)
+    _write(
+        tmp_path,
+        "digits",
+        {"curves": {name: {"test": [(rising + y).tolist()] * 2} for name, y in curves.items()}},
+    )
+    few = np.array([[97.0, 97, 97, 96, 70, 90], [97.0, 97, 97, 96, 72, 90]])
+    arms = {name: few + shift for name, shift in {"AdamW": 0, "tuned decay": 1, "SAM": 2}.items()}
+    report = {"settings": {"mnist, mlp": quantize.summarize({"": {**arms}})[""]}}
+    _write(tmp_path, "quantize", report)
+    path = [[98.0, 10.0], [90.0, 60.0], [80.0, 90.0]]
+    _write(tmp_path, "forgetting", {"paths": {"mnist, mlp, mirrored": {name: [path] * 2 for name in arms}}})
+    report = headline.main(options)
+    assert report["wrong labels"]["sam, rho 0.7"]["gain"]["mean"] == pytest.approx(20)
+    assert report["2 bits"]["SAM"]["mean"] == pytest.approx(73)
+    assert report["old task where the new one reaches 80 %"]["SAM"]["mean"] == pytest.approx(
+        90 - 10 * 20 / 30
+    )
+    assert (tmp_path / "headline.png").read_bytes().startswith(b"\x89PNG")
+    assert "2 bits: AdamW 71.0 ± 1.4, tuned decay 72.0 ± 1.4, SAM 73.0 ± 1.4\n" in capsys.readouterr().out
+
+
 PROGRAMS = {"quantize": quantize, "forgetting": forgetting, "vit_small_data": vit_small_data}
 
 
@@ -231,9 +271,12 @@ def test_help_and_bad_options(name, capsys, tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", [*PROGRAMS, "transformer_after"])
 def test_as_a_user_starts_it(name, tmp_path):
-    small = {"vit_small_data": ["--network", "vit", "cnn", "--train-size", "100"]}
+    small = {
+        "vit_small_data": ["--network", "vit", "cnn", "--train-size", "100"],
+        "transformer_after": ["--seeds", "1"],
+    }
     some = small.get(name, ["--data", "digits", "--model", "mlp"])
     done = quick.program(f"examples/{name}.py", "--quick", *some, "--output", str(tmp_path), timeout=240)
     assert done.returncode == 0, done.stderr
