@@ -28,6 +28,8 @@ SETTING = "mnist, mlp"
 TASK = "mirrored"
 LEVEL = 80
 ARMS = ("AdamW", "tuned decay", "SAM")
+WRONG = ("momentum", "SAM", "tuned L2", "SAM + tuned L2")
+"""The arms of `train_digits.py`, in its order."""
 PROGRAMS = {"digits": "train_digits.py", "quantize": "quantize.py", "forgetting": "forgetting.py"}
 
 
@@ -44,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if not options.figure.parent.is_dir():
         parser.error(f"argument --figure: there is no folder {str(options.figure.parent)!r}")
 
-    wrong = {name: 100 * np.array(curve["test"]) for name, curve in found["digits"]["curves"].items()}
+    curves = found["digits"]["curves"].values()
+    wrong = {name: 100 * np.array(curve["test"]) for name, curve in zip(WRONG, curves, strict=True)}
     rows = found["quantize"]["settings"][SETTING]
     few = {
         name: np.array([rows[name]["accuracy"][bits]["values"] for bits in quantize.BITS]).T for name in ARMS
@@ -83,25 +86,23 @@ def figure(
     report: Mapping[str, Any],
 ) -> Figure:
     """The three panels; each title names what the plain optimizer reaches, and what SAM does."""
-    picture = Figure(figsize=(13.5, 4.3), layout="constrained")
+    picture = Figure(figsize=(14, 4.3), layout="constrained")
     axes = picture.subplots(1, 3)
     draw_wrong(axes[0], wrong)
     quantize.draw(axes[1], dict(few))
     forgetting.draw(axes[2], dict(paths))
     axes[0].set(xlabel="epoch (digits, MLP, momentum SGD)", ylabel="test accuracy, % (axis cut)")
     axes[1].set(xlabel="weights (MNIST, MLP, AdamW)", ylabel="test accuracy, % (axis cut)")
-    axes[2].set(xlabel="new task, mirrored: accuracy, % (MNIST, MLP, AdamW)", ylabel="old task, % (axis cut)")
-    titles = ("40 % of the labels wrong", "Weights rounded to 2 bits", f"Old task, new one at {LEVEL} %")
+    axes[2].set(xlabel="new task: accuracy, % (MNIST mirrored, MLP, AdamW)", ylabel="old task, % (axis cut)")
+    titles = ("40 % of the labels wrong", "Weights rounded to 2 bits", "Old task after a new one")
     for each, title, arms in zip(axes, titles, report.values(), strict=True):
         plain, *_ = arms.values()
-        sam = next(row for name, row in arms.items() if name.lower().startswith("sam"))
-        each.set_title(
-            f"{title}: {plain['mean']:.0f} %, SAM {sam['mean']:.0f} %", loc="left", fontweight="bold"
-        )
+        words = f"{title}: {plain['mean']:.0f} %, SAM {arms['SAM']['mean']:.0f} %"
+        each.set_title(words, loc="left", fontweight="bold", fontsize=11)
     seeds = [len(next(iter(arms.values()))["values"]) for arms in report.values()]
     picture.supxlabel(
         "Only the optimizer differs. Means over {}, {} and {} paired seeds; bars: 95 % interval of the "
-        "mean.".format(*seeds),
+        "mean. The title on the right reads the curves at {} %.".format(*seeds, LEVEL),
         fontsize=9,
         color="#555555",
     )
@@ -123,10 +124,10 @@ def draw_wrong(axes: Axes, wrong: Mapping[str, np.ndarray]) -> None:
             ecolor=colour,
             capsize=2,
         )
-        ends[name.replace(", ", ",\n")] = epochs[-1], mean[-1], colour
+        ends[name] = epochs[-1], mean[-1], colour
     late = np.array([values.mean(axis=0)[values.shape[1] // 20 :] for values in wrong.values()])
     reporting.style(axes, ylim=(late.min() - 3, late.max() + 2))
-    reporting.label_ends(axes, ends, gap=0.11)
+    reporting.label_ends(axes, ends)
 
 
 if __name__ == "__main__":

@@ -267,7 +267,7 @@ def label_ends(axes: "Axes", ends: Mapping[str, tuple[float, float, str]], gap: 
     steps = gap * np.arange(len(names))
     places = np.maximum.accumulate(wanted - steps) + steps
     places -= np.mean(places - wanted)
-    places = np.minimum(places, 1 - steps[::-1])
+    places = np.clip(places, steps, 1 - gap / 2 - steps[::-1])
     for name, place in zip(names, places, strict=True):
         x, y, colour = ends[name]
         axes.annotate(

@@ -245,7 +245,7 @@ def test_the_headline_draws_what_was_measured(tmp_path, capsys):
     path = [[98.0, 10.0], [90.0, 60.0], [80.0, 90.0]]
     _write(tmp_path, "forgetting", {"paths": {"mnist, mlp, mirrored": {name: [path] * 2 for name in arms}}})
     report = headline.main(options)
-    assert report["wrong labels"]["sam, rho 0.7"]["gain"]["mean"] == pytest.approx(20)
+    assert report["wrong labels"]["SAM"]["gain"]["mean"] == pytest.approx(20)
     assert report["2 bits"]["SAM"]["mean"] == pytest.approx(73)
     assert report["old task where the new one reaches 80 %"]["SAM"]["mean"] == pytest.approx(
         90 - 10 * 20 / 30
