@@ -178,19 +178,30 @@ def meaning(rows: dict[str, Any], base: str) -> str:
 
 
 def figure(rows: dict[str, Any], radii: Sequence[float]) -> Figure:
-    """Accuracy against eps, a panel for each attack."""
-    picture = Figure(figsize=(9, 3.8), layout="constrained")
-    shades = (reporting.GREY, reporting.RED, reporting.BLUE, "#d98c00", "#3a7d34")
+    """Gains over the first arm against eps, a panel for each attack."""
+    base, *others = rows["clean"]
+    picture = Figure(figsize=(11, 3.9), layout="constrained")
+    shades = (reporting.RED, reporting.BLUE, reporting.GOLD, reporting.GREEN)
     for axes, attack in zip(picture.subplots(1, 2, sharey=True), ("FGSM", "PGD"), strict=True):
         settings = ["clean", *(f"{attack}, eps {eps:g}" for eps in radii[1:])]
-        for i, name in enumerate(rows["clean"]):
-            values = np.array([rows[setting][name]["values"] for setting in settings]).T
-            reporting.band(axes, radii, values, shades[i % len(shades)], name, "o-")
-        reporting.style(
-            axes, title=attack, xlabel="eps, of a pixel range of 1", xlim=(0, None), ylim=(0, 101)
-        )
-        axes.legend(frameon=False)
-    picture.axes[0].set_ylabel("test accuracy, %")
+        ends = {}
+        for i, name in enumerate(others):
+            gains = np.array([rows[setting][name]["gain"]["values"] for setting in settings]).T
+            x = np.arange(len(radii)) + 0.06 * i
+            reporting.line_with_interval(axes, x, gains, shades[i % len(shades)])
+            ends[name] = x[-1], gains[:, -1].mean(), shades[i % len(shades)]
+        axes.axhline(0, color=reporting.GREY, linewidth=1)
+        reporting.style(axes, title=attack, xlabel=f"eps, of a pixel range of 1 (below: {base} reaches)")
+        reached = [rows[setting][base]["mean"] for setting in settings]
+        names = [f"{eps:g}\n{accuracy:.0f} %" for eps, accuracy in zip(radii, reached, strict=True)]
+        axes.set_xticks(range(len(radii)), names)
+        reporting.label_ends(axes, ends)
+    picture.axes[0].set_ylabel(f"accuracy above {base}, points")
+    seeds = len(rows["clean"][base]["values"])
+    picture.suptitle(
+        f"Attacked images: what each adds to {base} (mean over {seeds} paired seeds, bars: 95 % interval)",
+        fontsize=11,
+    )
     return picture
 
 

@@ -261,31 +261,25 @@ def meaning(rows: dict[str, Any]) -> str:
 
 
 def figure(rows: dict[str, Any], options: argparse.Namespace) -> Figure:
-    """Accuracy by the number of labels, and the paired difference; a column for each choice of layers."""
-    picture = Figure(figsize=(3.4 * len(TRAINED), 5.6), layout="constrained")
-    above, below = picture.subplots(2, len(TRAINED), sharex=True, sharey="row", height_ratios=(3, 2))
-    for name, top, bottom in zip(TRAINED, above, below, strict=True):
-        for base, marker, shift in zip(options.bases, "os", (-0.15, 0.15), strict=False):
+    """The paired gain by the number of labels; a panel for each choice of layers."""
+    picture = Figure(figsize=(3.6 * len(TRAINED), 3.6), layout="constrained")
+    panels = picture.subplots(1, len(TRAINED), sharey=True, squeeze=False)[0]
+    for name, axes in zip(TRAINED, panels, strict=True):
+        for base, colour, shift in zip(options.bases, (reporting.RED, reporting.GOLD), (-1, 1), strict=False):
             settings = [rows[f"{name}, {base}, {labels}"] for labels in options.labels]
-            for arm, colour, line in (
-                ("base optimizer", reporting.GREY, "--"),
-                ("with SAM", reporting.RED, "-"),
-            ):
-                means = [row[arm]["mean"] for row in settings]
-                label = base if arm == "base optimizer" else f"SAM, {base}"
-                top.plot(options.labels, means, line + marker, color=colour, label=label)
-            gains = [row["with SAM"]["gain"] for row in settings]
-            errors = [(gain["sd"] or 0.0) / np.sqrt(len(gain["values"])) for gain in gains]
-            places = np.array(options.labels) + shift
-            bottom.errorbar(
-                places, [gain["mean"] for gain in gains], errors, color=reporting.RED, fmt=marker, capsize=3
-            )
-        bottom.axhline(0.0, color=reporting.GREY, linestyle="--")
-        reporting.style(top, title=f"trained: {name}")
-        reporting.style(bottom, xlabel="labels of each class", xticks=options.labels)
-    above[0].set_ylabel("test accuracy, %")
-    below[0].set_ylabel("gain of SAM, points\n(± standard error)")
-    above[-1].legend(frameon=False, loc="best")
+            gains = np.array([row["with SAM"]["gain"]["values"] for row in settings]).T
+            places = np.arange(len(options.labels)) + 0.06 * shift
+            reporting.line_with_interval(axes, places, gains, colour, line="")
+            axes.plot([], [], "o", color=colour, label=f"SAM before {base}")
+        axes.axhline(0.0, color=reporting.GREY, linewidth=1)
+        reporting.style(axes, title=f"trained: {name}", xlabel="labels of each class")
+        axes.set_xticks(range(len(options.labels)), options.labels)
+    panels[0].set_ylabel("gain of SAM, points of test accuracy")
+    panels[-1].legend(frameon=False, loc="best")
+    picture.suptitle(
+        f"Fine-tuning with few labels: mean over {options.seeds} paired seeds, bars: 95 % interval",
+        fontsize=11,
+    )
     return picture
 
 

@@ -24,7 +24,7 @@ from reporting import number
 
 import optax_sam
 
-_FULL = {"epochs": 5, "seeds": 5, "batch_size": 64, "features": (32, 64, 128)}
+_FULL = {"epochs": 5, "seeds": 3, "batch_size": 64, "features": (32, 64, 128)}
 _QUICK = {"epochs": 2, "seeds": 2, "batch_size": 64, "train_size": 256, "features": (4, 4, 16)}
 FORMS = {"": _FULL, "with --quick": _QUICK}
 

@@ -177,27 +177,36 @@ def conclude(options: argparse.Namespace, words: str) -> str:
     return SMOKE if options.quick else words
 
 
-def compare(values: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
-    """The numbers of a comparison, from `{setting: {arm: percent, by seed}}`; the first arm is the base."""
+def compare(
+    values: Mapping[str, Mapping[str, np.ndarray]], *, lower_is_better: bool = False
+) -> dict[str, Any]:
+    """The numbers of a comparison, from `{setting: {arm: values, by seed}}`; the first arm is the base."""
     report: dict[str, Any] = {}
     for setting, arms in values.items():
         base = next(iter(arms.values()))
         report[setting] = {
-            name: {**spread(v), **({} if v is base else {"gain": gain_over(v, base)})}
+            name: {
+                **spread(v),
+                **({} if v is base else {"gain": gain_over(v, base, lower_is_better=lower_is_better)}),
+            }
             for name, v in arms.items()
         }
     return report
 
 
-def comparison_table(report: Mapping[str, Any], head: str) -> str:
+def comparison_table(report: Mapping[str, Any], head: str, form: str = ".1f") -> str:
     """The report of `compare` as text; `head` says what the settings are."""
     arms = list(next(iter(report.values())))
     lines = [(head, arms[0], *(cell for name in arms[1:] for cell in (name, "difference", "seeds better")))]
     for setting, row in report.items():
-        cells = [show(row[arms[0]])]
+        cells = [show(row[arms[0]], form)]
         for name in arms[1:]:
             gain = row[name]["gain"]
-            cells += [show(row[name]), show(gain, "+.1f"), f"{gain['wins']} of {len(gain['values'])}"]
+            cells += [
+                show(row[name], form),
+                show(gain, f"+{form}"),
+                f"{gain['wins']} of {len(gain['values'])}",
+            ]
         lines.append((setting, *cells))
     return align(lines)
 
@@ -258,7 +267,7 @@ def label_ends(axes: "Axes", ends: Mapping[str, tuple[float, float, str]], gap: 
     steps = gap * np.arange(len(names))
     places = np.maximum.accumulate(wanted - steps) + steps
     places -= np.mean(places - wanted)
-    places = np.minimum(places, 1 - steps[::-1])
+    places = np.clip(places, steps, 1 - gap / 2 - steps[::-1])
     for name, place in zip(names, places, strict=True):
         x, y, colour = ends[name]
         axes.annotate(

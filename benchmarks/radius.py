@@ -1,0 +1,221 @@
+"""Which radius: what every one of a grid gives, where training collapses, and how far off a default is.
+
+    python benchmarks/radius.py
+    python benchmarks/radius.py --networks mlp --variants sam asam
+    python benchmarks/radius.py --tables
+
+Scikit-learn's digits, the networks and the learning rates of `defaults.py`, clean labels and 30 % wrong ones.
+A cell is a network, a learning rate and a set of labels. Of every cell and radius the test accuracy after the
+last epoch is compared with that of plain training, paired by seeds. A radius collapses where a seed ends
+below 20 %.
+
+It runs in parts: what is in `radius.json` already is not measured again. The file is written after every
+variant of every network, so that an interrupted run goes on where it was.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import defaults
+import numpy as np
+import timing
+from defaults import COLLAPSE, LABELS, Case, Trainer
+
+import optax_sam
+
+
+class Arm(NamedTuple):
+    """A variant, and the radii that are tried.
+
+    Attributes:
+      case: How it is made.
+      radii: The grid.
+      start: The radius that the docs say to begin with.
+      warm_up: Fraction of the steps in which the radius grows from 0.
+    """
+
+    case: Case
+    radii: tuple[float, ...]
+    start: float
+    warm_up: float = 0.0
+
+
+def _arm(constructor: Any, radii: tuple[float, ...], start: float, warm_up: float = 0.0, **fixed: Any) -> Arm:
+    return Arm(Case(constructor, [{"rho": rho} for rho in radii], fixed), radii, start, warm_up)
+
+
+USUAL = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8)
+ARMS = {
+    "sam": _arm(optax_sam.sam, USUAL, 0.05),
+    "sam, warm-up": _arm(optax_sam.sam, USUAL, 0.05, warm_up=0.3),
+    "asam": _arm(optax_sam.asam, (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0), 0.1),
+    "gsam": _arm(optax_sam.gsam, USUAL, 0.05),
+    "layerwise": _arm(
+        optax_sam.sam, (0.0025, 0.005, 0.01, 0.02, 0.04), 0.01, ascent=optax_sam.ascent.layerwise()
+    ),
+    "looksam": _arm(optax_sam.looksam, USUAL, 0.1),
+}
+
+
+def measure(trainer: Trainer, network: str, name: str) -> list[dict[str, Any]]:
+    """Rows of a variant, or of plain training, on a network: one for each radius, rate and set of labels."""
+    arm = ARMS.get(name)
+    cells = [
+        {"variant": name, "rho": rho, "network": network, "rate": rate, "labels": labels}
+        for rho in (arm.radii if arm else (0.0,))
+        for labels in LABELS
+        for rate in trainer.recipe.rates
+    ]
+    runs = [
+        {
+            "rate": cell["rate"],
+            "labels": list(LABELS).index(cell["labels"]),
+            "seed": seed,
+            "settings": {"rho": cell["rho"]} if arm else {},
+        }
+        for cell in cells
+        for seed in range(trainer.seeds)
+    ]
+    ends = trainer.train(arm.case if arm else None, runs)
+    seeds = trainer.seeds
+    return [
+        {**cell, "accuracy": [round(end["accuracy"], 3) for end in ends[i * seeds : (i + 1) * seeds]]}
+        for i, cell in enumerate(cells)
+    ]
+
+
+# Report.
+
+
+def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each variant and cell: gains by radius, the best radius, and what the start loses."""
+    plain = {place(row): np.array(row["accuracy"]) for row in rows if row["variant"] == "plain"}
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["variant"] != "plain":
+            groups.setdefault((row["variant"], *place(row)), []).append(row)
+    report = []
+    for (name, network, rate, labels), members in groups.items():
+        base = plain[network, rate, labels]
+        gains = {row["rho"]: float(np.mean(np.array(row["accuracy"]) - base)) for row in members}
+        collapsed = [row["rho"] for row in members if min(row["accuracy"]) < COLLAPSE <= min(base)]
+        best = max(gains, key=gains.__getitem__)
+        start = ARMS[name].start
+        report.append(
+            {
+                "variant": name,
+                "network": network,
+                "rate": rate,
+                "labels": labels,
+                "plain": float(np.mean(base)),
+                "gains": gains,
+                "best": best,
+                "start loses": max(0.0, gains[best]) - gains[start],
+                "collapses from": min(collapsed) if collapsed else None,
+            }
+        )
+    return report
+
+
+def place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The cell of a row."""
+    return row["network"], row["rate"], row["labels"]
+
+
+def table(report: Sequence[Mapping[str, Any]]) -> str:
+    """Every cell of every variant."""
+    lines = [
+        [
+            row["variant"],
+            row["network"],
+            f"{row['rate']:g}",
+            row["labels"],
+            f"{row['plain']:.1f}",
+            ", ".join(f"{rho:g}: {gain:+.1f}" for rho, gain in row["gains"].items()),
+            "" if row["collapses from"] is None else f"{row['collapses from']:g}",
+        ]
+        for row in report
+    ]
+    columns = ["variant", "network", "rate", "labels", "plain, %", "rho: gain in points", "collapses from"]
+    return timing.markdown(columns, lines)
+
+
+def starts(report: Sequence[Mapping[str, Any]]) -> str:
+    """Of every variant: in how many cells its start value is within a point of the best radius."""
+    lines = []
+    for name in dict.fromkeys(row["variant"] for row in report):
+        rows = [row for row in report if row["variant"] == name]
+        near = sum(row["start loses"] <= 1 for row in rows)
+        worst = max(rows, key=lambda row: row["start loses"])
+        safe = [
+            rho
+            for rho in rows[0]["gains"]
+            if all(row["gains"][rho] >= -1 for row in rows if rho in row["gains"])
+        ]
+        bests = [row["best"] for row in rows]
+        lines.append(
+            [
+                name,
+                f"{ARMS[name].start:g}",
+                f"{near} of {len(rows)}",
+                f"{worst['start loses']:.1f} ({worst['network']}, {worst['rate']:g}, {worst['labels']})",
+                f"{min(bests):g} to {max(bests):g}",
+                ", ".join(f"{rho:g}" for rho in safe) or "none",
+            ]
+        )
+    columns = ["variant", "start", "within a point of the best", "loses most", "best radii"]
+    return timing.markdown([*columns, "never more than a point below plain"], lines)
+
+
+def tables(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Prints all tables and returns the report."""
+    report = summarize(rows)
+    print(starts(report), table(report), sep="\n\n")
+    return report
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Measures what is missing, prints the tables and returns the report."""
+    parser = timing.parser(__doc__, "results/radius")
+    parser.add_argument("--tables", action="store_true", help="print the tables of what is there, and stop")
+    parser.add_argument("--seeds", type=timing.count(), default=2, help="default: %(default)s")
+    parser.add_argument("--epochs", type=timing.count(), default=12, help="default: %(default)s")
+    choice = partial(parser.add_argument, nargs="+")
+    choice("--variants", choices=ARMS, default=list(ARMS), metavar="VARIANT", help=timing.some_of(ARMS))
+    networks = list(defaults.RECIPES)
+    choice("--networks", choices=networks, default=networks, metavar="NETWORK", help=timing.some_of(networks))
+    options = timing.parse(parser, argv)
+    if options.quick:
+        print(timing.SMOKE)
+        options.seeds, options.epochs = 1, 1
+    path = options.output / "radius.json"
+    setup = {"seeds": options.seeds, "epochs": options.epochs}
+    kept = json.loads(path.read_text()) if path.exists() else {**setup, "rows": []}
+    if {key: kept[key] for key in setup} != setup:
+        parser.error(f"argument --output: {str(path)!r} was measured with other seeds or epochs")
+    if options.tables:
+        return tables(kept["rows"])
+    begin = time.perf_counter()
+    for network in options.networks:
+        for variant in ("plain", *options.variants):
+            if any((row["network"], row["variant"]) == (network, variant) for row in kept["rows"]):
+                continue
+            warm_up = ARMS[variant].warm_up if variant in ARMS else 0.0
+            trainer = Trainer(network, options.seeds, options.epochs, warm_up)
+            kept["rows"] += measure(trainer, network, variant)
+            kept["machine"] = timing.machine()
+            path.write_text(json.dumps(kept, indent=1) + "\n")
+            seconds = time.perf_counter() - begin
+            print(f"{network}, {variant}: done after {seconds:.0f} s", file=sys.stderr, flush=True)
+    report = tables(kept["rows"])
+    print(f"\nWritten: {Path(path)}")
+    return report
+
+
+if __name__ == "__main__":
+    main()

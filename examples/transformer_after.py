@@ -1,0 +1,176 @@
+"""A small language model after training: its weights in few bits, and fine-tuned on another text.
+
+    python examples/transformer_after.py
+
+The transformer of `transformer_lm.py` learns Python's reference documentation, with AdamW and with SAM before
+it. Then its weights are rounded as in `quantize.py`, and it is fine-tuned, with plain AdamW for both, on the
+source of Python's module `argparse`; the documentation is not read again. What it has kept is measured in
+bits per byte of documentation held out, less is better, and read off where both networks first need the same
+bits per byte of source held out.
+"""
+
+import argparse
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import quantize
+import reporting
+import transformer_lm
+from flax import nnx
+from matplotlib.figure import Figure
+from reporting import GREY, RED, number
+from tqdm import tqdm
+
+ARMS = {"adamw": GREY, "sam": RED}
+BITS = (8, 4, 3)
+EVERY = 5
+"""Steps of fine-tuning between two measurements."""
+
+
+@functools.partial(nnx.jit, static_argnames="bits")
+def score(model: transformer_lm.Transformer, tokens: jax.Array, bits: int | None) -> jax.Array:
+    """Bits per byte, with the weights of every index of the last axis in so many bits."""
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    params = params if bits is None else quantize.rounded(params, bits)
+    return transformer_lm.bits_per_byte(nnx.merge(graph, params, rest), tokens, True)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Trains, rounds, fine-tunes, reports and returns the numbers of the report."""
+    options = parse(argv)
+    text = transformer_lm.load(None, options.size)[1]
+    second = Path(argparse.__file__).read_bytes()[: options.size]
+    trainers = [transformer_lm.Trainer(name, options, text) for name in ARMS]
+    other = transformer_lm.Trainer("adamw", options, second)
+    tune = transformer_lm.make_step(None)
+    few: dict[str, list[list[float]]] = {name: [] for name in ARMS}
+    paths: dict[str, list[list[list[float]]]] = {name: [] for name in ARMS}
+    total = options.seeds * sum(trainer.steps_per_epoch for trainer in trainers) * options.epochs
+    with tqdm(total=total, unit="step", disable=None) as bar:
+        for seed in reporting.seeds_of(options):
+            for trainer in trainers:
+                state, _ = trainer.start(seed)
+                for epoch in range(options.epochs):
+                    state = trainer.train(state, seed, epoch, bar.update)
+                model = state[0]
+                few[trainer.name].append([float(score(model, trainer.test, bits)) for bits in (None, *BITS)])
+                optimizer = nnx.Optimizer(model, optax.adamw(options.tuning_rate), wrt=nnx.Param)
+                rng, path = np.random.default_rng([seed, 4]), []
+                pieces = other.train_tokens[: other.pieces * other.length].reshape(-1, other.length)
+                for step in range(options.steps + 1):
+                    if step % EVERY == 0:
+                        path.append([float(score(model, test, None)) for test in (trainer.test, other.test)])
+                    tune(model, optimizer, pieces[rng.integers(len(pieces), size=options.batch_size)])
+                paths[trainer.name].append(path)
+    rounded = {name: np.array(rows) for name, rows in few.items()}
+    forgotten = {name: np.array(rows) for name, rows in paths.items()}
+    report = summarize(rounded, forgotten)
+    words = reporting.conclude(options, meaning(report))
+    print(
+        f"Bits per byte of text held out, less is better; mean ± standard deviation over {options.seeds} "
+        f"paired seeds.\n\n{reporting.comparison_table(report, '', '.3f')}\n\n{words}"
+    )
+    curves = {name: np.round(path, 4).tolist() for name, path in forgotten.items()}
+    content = {"report": report, "meaning": words, "paths": curves}
+    reporting.save(options, "transformer_after", figure(rounded, forgotten, options), content)
+    return report
+
+
+def level_of(paths: dict[str, np.ndarray]) -> float:
+    """The least bits per byte of the new text that every run reaches."""
+    return float(max(path[:, 1].min() for rows in paths.values() for path in rows))
+
+
+def old_at(path: np.ndarray, level: float) -> float:
+    """Bits per byte of the old text where those of the new first fall to a level, on a straight line."""
+    old, new = path.T
+    i = int(np.flatnonzero(new <= level)[0])
+    if i == 0:
+        return float(old[0])
+    part = (level - new[i - 1]) / (new[i] - new[i - 1])
+    return float(old[i - 1] + part * (old[i] - old[i - 1]))
+
+
+def summarize(rounded: dict[str, np.ndarray], paths: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The rows of the table: as trained, what rounding adds, what fine-tuning adds at the same level."""
+    level = level_of(paths)
+    values = {"as trained": {name: rows[:, 0] for name, rows in rounded.items()}}
+    for i, bits in enumerate(BITS, 1):
+        values[f"{bits} bits add"] = {name: rows[:, i] - rows[:, 0] for name, rows in rounded.items()}
+    values[f"fine-tuning to {level:.2f} adds"] = {
+        name: np.array([old_at(path, level) - path[0, 0] for path in rows]) for name, rows in paths.items()
+    }
+    return reporting.compare(values, lower_is_better=True)
+
+
+def meaning(report: dict[str, Any]) -> str:
+    """What a paired t-test says, in a line for each row."""
+    return "\n".join(
+        f"{title}: {reporting.verdict('sam', 'adamw', row['sam']['gain'], 'bits per byte', '.3f')}."
+        for title, row in report.items()
+    )
+
+
+def figure(
+    rounded: dict[str, np.ndarray], paths: dict[str, np.ndarray], options: argparse.Namespace
+) -> Figure:
+    """Bits per byte against bits of weights; those of the old text against those of the new."""
+    picture = Figure(figsize=(10, 3.9), layout="constrained")
+    left, right = picture.subplots(1, 2)
+    ends = {}
+    for name, rows in rounded.items():
+        reporting.line_with_interval(left, np.arange(rows.shape[1]), rows, ARMS[name])
+        ends[name] = rows.shape[1] - 1, rows[:, -1].mean(), ARMS[name]
+    left.set_xticks(range(1 + len(BITS)), ["float", *(f"{bits} bits" for bits in BITS)])
+    reporting.style(left, title="weights rounded after training", ylabel="bits per byte (axis cut)")
+    reporting.label_ends(left, ends)
+    level = level_of(paths)
+    start = max(level, min(path[0, 1] for rows in paths.values() for path in rows))
+    levels, ends = np.linspace(start, level, 8), {}
+    for name, rows in paths.items():
+        values = np.array([[old_at(path, each) for each in levels] for path in rows])
+        reporting.line_with_interval(right, levels, values, ARMS[name])
+        ends[name] = level, values[:, -1].mean(), ARMS[name]
+    reporting.style(
+        right,
+        title="fine-tuned on another text",
+        xlabel="new text, bits per byte (falling)",
+        ylabel="old text, bits per byte (axis cut)",
+    )
+    right.invert_xaxis()
+    reporting.label_ends(right, ends)
+    picture.suptitle(
+        f"A small transformer after training; less is better\nmean over {options.seeds} paired seeds, "
+        "bars: 95 % interval of the mean"
+    )
+    return picture
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options: some of them those of `transformer_lm.py`, whose defaults stand for the others."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--rho", type=number(float, 0), default=0.1, help="radius (default: %(default)s)")
+    add("--tuning-rate", type=number(float, 0, above=True), default=1e-3, help="default: %(default)s")
+    counts = {"seeds": (5, 2), "epochs": (70, 2, "passes over the text")}
+    reporting.common_options(
+        parser, "results/transformer_after", **counts, steps=(100, 10, "steps of fine-tuning")
+    )
+    options = reporting.finish(parser, argv)
+    usual = transformer_lm.make_parser().parse_args([])
+    form = transformer_lm.FORMS["with --quick" if options.quick else ""]
+    for name, value in {**vars(usual), **form}.items():
+        if name not in options:
+            setattr(options, name, value)
+    return options
+
+
+if __name__ == "__main__":
+    main()
