@@ -155,8 +155,8 @@ TASKS = {
         load=_load_mnist,
         loss=_network_loss(small_images.MLP()),
         score=_accuracy(small_images.MLP(), 2),
-        optimizer=_momentum(0.1),
-        epochs=60,
+        optimizer=lambda _steps: optax.adamw(1e-3),
+        epochs=40,
         batch_size=50,
     ),
     "text": Task(

@@ -34,6 +34,11 @@ def warmup(rho: optax.ScalarOrSchedule, steps: int) -> optax.Schedule:
       >>> print([f"{rho(step):.2f}" for step in (0, 25, 100, 500)])
       ['0.00', '0.05', '0.20', '0.20']
       >>> variant = optax_sam.sam(rho)
+
+    References:
+      Zhao, Zhang and Hu, `When Will Gradient Regularization Be Harmful?
+      <https://arxiv.org/abs/2406.09723>`_, ICML 2024, warms up the strength of a penalty on the gradient's
+      norm; the same for the radius.
     """
     _checks.scalar_or_schedule("rho", rho)
     _checks.number("steps", steps, low=1, integer=True)
