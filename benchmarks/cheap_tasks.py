@@ -155,7 +155,7 @@ TASKS = {
         load=_load_mnist,
         loss=_network_loss(small_images.MLP()),
         score=_accuracy(small_images.MLP(), 2),
-        optimizer=lambda _steps: optax.adamw(1e-3),
+        optimizer=lambda steps: optax.adamw(optax.cosine_decay_schedule(1e-3, steps)),
         epochs=40,
         batch_size=50,
     ),
