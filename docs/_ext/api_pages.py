@@ -16,7 +16,7 @@ RESULTS = DOCS.parent / "examples" / "RESULTS.md"
 STEP = "The training step"
 CUSTOM = "Custom variants"
 # Where the names go that `optax_sam` takes from its private files, in this order; others go to the last.
-SECTIONS = {"_value_and_grad": STEP, "_state": STEP, "_variant": CUSTOM, "_loss": CUSTOM}
+SECTIONS = {"_value_and_grad": STEP, "_types": STEP, "_state": STEP, "_variant": CUSTOM, "_loss": CUSTOM}
 IN_STEP = ("SAMGradients",)  # Of `_loss`, but what every user meets.
 # Names that no documentation has a page for: shown in short.
 UNLINKED = ("optax.ScalarOrSchedule", "optax.Schedule")
@@ -128,6 +128,7 @@ class _Paths(ast.NodeTransformer):
     """Writes the names in an annotation as users would write them, from the imports of a file."""
 
     def __init__(self, file: Path, public: dict[tuple[Path, str], str]) -> None:
+        self.public = public
         self.paths: dict[str, str] = {}
         for name in definitions(file):
             self.paths[name] = public.get((file, name), name)
@@ -148,7 +149,11 @@ class _Paths(ast.NodeTransformer):
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         if ast.unparse(node) in UNLINKED:
             return ast.Name(node.attr)
-        return self.generic_visit(node)
+        module, _, name = ast.unparse(self.generic_visit(node)).rpartition(".")
+        path = f"{module}.{name}"
+        if module.startswith("optax_sam"):
+            path = self.public.get((definition(module, name)[0], name), path)
+        return ast.Name(path)
 
 
 def signature(name: Name, public: dict[tuple[Path, str], str]) -> str:
