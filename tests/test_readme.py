@@ -154,7 +154,7 @@ def test_public_docstrings() -> None:
                     continue
                 measures = module.__name__.startswith(("optax_sam.sharpness", "optax_sam.landscape"))
                 if part == "References:" and (
-                    measures or name in ("sharpness_aware", "constructor", "gated", "resolve")
+                    measures or name in ("sharpness_aware", "constructor", "gated", "resolve", "warmup")
                 ):
                     continue
                 assert part in (value.__doc__ or ""), f"{module.__name__}.{name} lacks {part}"
