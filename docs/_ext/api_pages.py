@@ -30,6 +30,15 @@ class Name(NamedTuple):
     file: Path
     node: ast.AST
 
+    @property
+    def short(self) -> str:
+        """The name alone."""
+        return self.path.rpartition(".")[2]
+
+    def same(self, other: "Name") -> bool:
+        """Whether both are the same thing, perhaps by other paths."""
+        return (self.file, self.short) == (other.file, other.short)
+
 
 def parse(file: Path) -> ast.Module:
     """The syntax of a file."""
@@ -102,24 +111,20 @@ def places() -> dict[str, list[Name]]:
     """What stands on which page; the pages of variants are called `variants/NAME`."""
     pages: dict[str, list[Name]] = {STEP: [], CUSTOM: []}
     top = names_of("optax_sam")
-    variants = {name.path.split(".")[-1]: name for name in top if is_constructor(name)}
-    pages |= {f"variants/{variant}": [variants[variant]] for variant in sorted(variants)}
+    variants = sorted((name for name in top if is_constructor(name)), key=lambda name: name.short)
+    pages |= {f"variants/{name.short}": [name] for name in variants}
     pages |= {module: names_of(f"optax_sam.{module}") for module in modules()}
     for name in top:
-        stem = name.file.stem
-        if is_constructor(name):
+        if name in variants:
             continue
-        if name.file.parent.name == "variants":  # A helper, beside the first variant of its file.
-            page = next(
-                f"variants/{variant}" for variant, other in variants.items() if other.file == name.file
-            )
-        elif stem in pages:  # It is documented where it is defined.
-            pages[stem] = [
-                other for other in pages[stem] if other.path.split(".")[-1] != name.path.split(".")[-1]
-            ]
-            page = stem
+        also = [m for m in modules() if any(name.same(other) for other in pages[m])]
+        if also:  # A public module has it too: there it stands.
+            page = also[0]
+            pages[page] = [other for other in pages[page] if not name.same(other)]
+        elif name.file.parent.name == "variants":  # A helper, beside the first variant of its file.
+            page = next(f"variants/{other.short}" for other in variants if other.file == name.file)
         else:
-            page = STEP if name.path.split(".")[-1] in IN_STEP else SECTIONS.get(stem, CUSTOM)
+            page = STEP if name.short in IN_STEP else SECTIONS.get(name.file.stem, CUSTOM)
         pages[page].append(name)
     return pages
 
@@ -242,7 +247,7 @@ def first_line(node: ast.AST) -> str:
 def pages() -> dict[str, str]:
     """All pages of the API: the path below docs/api, and the text."""
     found = places()
-    public = {(n.file, n.path.split(".")[-1]): n.path for names in found.values() for n in names}
+    public = {(n.file, n.short): n.path for names in found.values() for n in names}
     texts: dict[str, str] = {}
     # Of the index: heading -> page -> what it says.
     index: dict[str, dict[str, str]] = {"Core": {}, "Variants": {}, "Modules": {}}
@@ -250,7 +255,7 @@ def pages() -> dict[str, str]:
         if page in (STEP, CUSTOM):
             slug = page.lower().replace(" ", "_")
             names = sorted(names, key=lambda name: isinstance(name.node, ast.ClassDef))  # Functions first.
-            index["Core"][slug] = ", ".join(f"`{name.path.split('.')[-1]}`" for name in names)
+            index["Core"][slug] = ", ".join(f"`{name.short}`" for name in names)
             texts[slug] = f"# {page}\n\n{reference(names, public)}"
         elif page.startswith("variants/"):
             variant = page.split("/")[1]
