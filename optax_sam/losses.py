@@ -72,8 +72,8 @@ def bisam(logits: jax.Array, labels: jax.Array, *, form: Literal["log", "tanh"] 
 def trajectory(logits: jax.Array, past_logits: jax.Array, temperature: float = 5.0) -> jax.Array:
     r"""What SAF and MESA add to the loss: how far the outputs have moved from those of before.
 
-    .. math:: T^2\, \mathrm{KL}\left(\mathrm{softmax}(z^{\mathrm{past}} / T) \,\|\, \mathrm{softmax}(z /
-    T)\right)
+    .. math::
+      T^2\, \mathrm{KL}\left(\mathrm{softmax}(z^{\mathrm{past}} / T) \,\|\, \mathrm{softmax}(z / T)\right)
 
     It keeps the loss from falling steeply along the path of training, for the price of no second gradient.
     The past outputs are those that the same examples had some epochs ago (SAF: keep them by the number of the

@@ -31,14 +31,20 @@ def test_what_is_read_first_is_short(page: str, lines: int) -> None:
     assert len((ROOT / page).read_text(encoding="utf-8").splitlines()) <= lines
 
 
-def test_table_of_ascent_rules_is_complete() -> None:
-    rules = cells(section("docs/choosing.md", "Ascent rules"), 0)
+@pytest.mark.parametrize(
+    ("heading", "module", "kind"),
+    [("Ascent rules", optax_sam.ascent, "AscentRule"), ("Gates", optax_sam.gates, "Gate")],
+)
+def test_table_of_rules_is_complete(heading: str, module: Any, kind: str) -> None:
+    listed = cells(section("docs/choosing.md", heading), 0)
     public = {
         name
-        for name, value in vars(optax_sam.ascent).items()
-        if inspect.isfunction(value) and "AscentRule" in str(inspect.signature(value).return_annotation)
+        for name, value in vars(module).items()
+        if name[0] != "_"
+        and inspect.isfunction(value)
+        and str(inspect.signature(value).return_annotation).rstrip("'>").rpartition(".")[2] == kind
     }
-    assert {rule.strip("`").split("(")[0] for rule in rules} == public
+    assert {rule.strip("`").split("(")[0] for rule in listed} == public
 
 
 KERAS = (ROOT / "docs" / "migrating" / "keras.md").read_text(encoding="utf-8")
@@ -154,7 +160,7 @@ def test_public_docstrings() -> None:
                     continue
                 measures = module.__name__.startswith(("optax_sam.sharpness", "optax_sam.landscape"))
                 if part == "References:" and (
-                    measures or name in ("sharpness_aware", "constructor", "resolve")
+                    measures or name in ("sharpness_aware", "constructor", "gated", "resolve", "warmup")
                 ):
                     continue
                 assert part in (value.__doc__ or ""), f"{module.__name__}.{name} lacks {part}"

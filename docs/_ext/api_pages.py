@@ -16,7 +16,7 @@ RESULTS = DOCS.parent / "examples" / "RESULTS.md"
 STEP = "The training step"
 CUSTOM = "Custom variants"
 # Where the names go that `optax_sam` takes from its private files, in this order; others go to the last.
-SECTIONS = {"_value_and_grad": STEP, "_state": STEP, "_variant": CUSTOM, "_loss": CUSTOM}
+SECTIONS = {"_value_and_grad": STEP, "_types": STEP, "_state": STEP, "_variant": CUSTOM, "_loss": CUSTOM}
 IN_STEP = ("SAMGradients",)  # Of `_loss`, but what every user meets.
 # Names that no documentation has a page for: shown in short.
 UNLINKED = ("optax.ScalarOrSchedule", "optax.Schedule")
@@ -29,6 +29,15 @@ class Name(NamedTuple):
     path: str
     file: Path
     node: ast.AST
+
+    @property
+    def short(self) -> str:
+        """The name alone."""
+        return self.path.rpartition(".")[2]
+
+    def same(self, other: "Name") -> bool:
+        """Whether both are the same thing, perhaps by other paths."""
+        return (self.file, self.short) == (other.file, other.short)
 
 
 def parse(file: Path) -> ast.Module:
@@ -102,24 +111,20 @@ def places() -> dict[str, list[Name]]:
     """What stands on which page; the pages of variants are called `variants/NAME`."""
     pages: dict[str, list[Name]] = {STEP: [], CUSTOM: []}
     top = names_of("optax_sam")
-    variants = {name.path.split(".")[-1]: name for name in top if is_constructor(name)}
-    pages |= {f"variants/{variant}": [variants[variant]] for variant in sorted(variants)}
+    variants = sorted((name for name in top if is_constructor(name)), key=lambda name: name.short)
+    pages |= {f"variants/{name.short}": [name] for name in variants}
     pages |= {module: names_of(f"optax_sam.{module}") for module in modules()}
     for name in top:
-        stem = name.file.stem
-        if is_constructor(name):
+        if name in variants:
             continue
-        if name.file.parent.name == "variants":  # A helper, beside the first variant of its file.
-            page = next(
-                f"variants/{variant}" for variant, other in variants.items() if other.file == name.file
-            )
-        elif stem in pages:  # It is documented where it is defined.
-            pages[stem] = [
-                other for other in pages[stem] if other.path.split(".")[-1] != name.path.split(".")[-1]
-            ]
-            page = stem
+        also = [m for m in modules() if any(name.same(other) for other in pages[m])]
+        if also:  # A public module has it too: there it stands.
+            page = also[0]
+            pages[page] = [other for other in pages[page] if not name.same(other)]
+        elif name.file.parent.name == "variants":  # A helper, beside the first variant of its file.
+            page = next(f"variants/{other.short}" for other in variants if other.file == name.file)
         else:
-            page = STEP if name.path.split(".")[-1] in IN_STEP else SECTIONS.get(stem, CUSTOM)
+            page = STEP if name.short in IN_STEP else SECTIONS.get(name.file.stem, CUSTOM)
         pages[page].append(name)
     return pages
 
@@ -128,6 +133,7 @@ class _Paths(ast.NodeTransformer):
     """Writes the names in an annotation as users would write them, from the imports of a file."""
 
     def __init__(self, file: Path, public: dict[tuple[Path, str], str]) -> None:
+        self.public = public
         self.paths: dict[str, str] = {}
         for name in definitions(file):
             self.paths[name] = public.get((file, name), name)
@@ -148,7 +154,11 @@ class _Paths(ast.NodeTransformer):
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         if ast.unparse(node) in UNLINKED:
             return ast.Name(node.attr)
-        return self.generic_visit(node)
+        module, _, name = ast.unparse(self.generic_visit(node)).rpartition(".")
+        path = f"{module}.{name}"
+        if module.startswith("optax_sam"):
+            path = self.public.get((definition(module, name)[0], name), path)
+        return ast.Name(path)
 
 
 def signature(name: Name, public: dict[tuple[Path, str], str]) -> str:
@@ -237,7 +247,7 @@ def first_line(node: ast.AST) -> str:
 def pages() -> dict[str, str]:
     """All pages of the API: the path below docs/api, and the text."""
     found = places()
-    public = {(n.file, n.path.split(".")[-1]): n.path for names in found.values() for n in names}
+    public = {(n.file, n.short): n.path for names in found.values() for n in names}
     texts: dict[str, str] = {}
     # Of the index: heading -> page -> what it says.
     index: dict[str, dict[str, str]] = {"Core": {}, "Variants": {}, "Modules": {}}
@@ -245,7 +255,7 @@ def pages() -> dict[str, str]:
         if page in (STEP, CUSTOM):
             slug = page.lower().replace(" ", "_")
             names = sorted(names, key=lambda name: isinstance(name.node, ast.ClassDef))  # Functions first.
-            index["Core"][slug] = ", ".join(f"`{name.path.split('.')[-1]}`" for name in names)
+            index["Core"][slug] = ", ".join(f"`{name.short}`" for name in names)
             texts[slug] = f"# {page}\n\n{reference(names, public)}"
         elif page.startswith("variants/"):
             variant = page.split("/")[1]

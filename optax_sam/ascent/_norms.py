@@ -110,9 +110,6 @@ def matrix(norm: Literal["spectral", "nuclear"], *, iterations: int = 10) -> Asc
     Returns:
       The rule. "nuclear" costs a few products of a matrix and a vector, "spectral" 27 of two matrices.
 
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
-
     Examples:
       >>> import jax.numpy as jnp, optax_sam
       >>> gradient = jnp.array([[10.0, 1.0], [0.0, -3.0]])

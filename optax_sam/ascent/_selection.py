@@ -92,9 +92,6 @@ def random_mask(keep: float, key: Any = None, rule: Ascent | None = None) -> Asc
     Returns:
       The rule. Called by itself it draws the mask of step 0; variants ask `at_step` for the others.
 
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
-
     Examples:
       >>> import jax.numpy as jnp, optax_sam
       >>> rule, gradient = optax_sam.ascent.random_mask(0.5), jnp.ones(10_000)
@@ -143,9 +140,6 @@ def zscore(quantile: float = 0.95, rule: Ascent | None = None, *, per_leaf: bool
 
     Returns:
       The rule.
-
-    Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range.
 
     Examples:
       >>> import jax.numpy as jnp, optax_sam

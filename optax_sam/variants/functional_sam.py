@@ -33,9 +33,7 @@ def functional_sam(
       be an `optax_sam.CompositeLoss(model_fn, output_loss)`, which shows the outputs.
 
     Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range. Where it evaluates, a
-      TypeError
-        if the loss is not composite.
+      TypeError: Where it evaluates, if the loss is not composite.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam

@@ -50,8 +50,7 @@ def sam_sps(
       scalars. The step size needs the loss at the perturbed point, which goes with the pair as `statistics`.
 
     Raises:
-      TypeError, ValueError: If an argument is not of its kind or out of its range. `update` raises a
-        TypeError where the pair comes without its statistics, or with `grad_fn=`.
+      TypeError: By `update`, where the pair comes without its statistics, or with `grad_fn=`.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam
