@@ -16,7 +16,7 @@ RESULTS = DOCS.parent / "examples" / "RESULTS.md"
 STEP = "The training step"
 CUSTOM = "Custom variants"
 # Where the names go that `optax_sam` takes from its private files, in this order; others go to the last.
-SECTIONS = {"_value_and_grad": STEP, "_state": STEP, "_variant": CUSTOM, "_loss": CUSTOM}
+SECTIONS = {"_value_and_grad": STEP, "_types": STEP, "_state": STEP, "_variant": CUSTOM, "_loss": CUSTOM}
 IN_STEP = ("SAMGradients",)  # Of `_loss`, but what every user meets.
 # Names that no documentation has a page for: shown in short.
 UNLINKED = ("optax.ScalarOrSchedule", "optax.Schedule")
