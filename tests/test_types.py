@@ -202,7 +202,8 @@ def test_a_script_of_a_user(settings: dict[str, Any], tmp_path: Path) -> None:
 
 def public_functions(module: ModuleType) -> dict[str, Any]:
     functions = inspect.getmembers(module, inspect.isfunction)
-    return {f"{module.__name__}.{name}": x for name, x in functions if name[0] != "_"}
+    own = [x for name, x in functions if name[0] != "_" and x.__module__.startswith(module.__name__)]
+    return {f"{module.__name__}.{x.__name__}": x for x in own}
 
 
 def test_help_begins_with_a_signature_that_one_can_read() -> None:
@@ -211,8 +212,9 @@ def test_help_begins_with_a_signature_that_one_can_read() -> None:
         *(x for name, x in inspect.getmembers(optax_sam, inspect.ismodule) if name[0] != "_"),
     ]
     for name, function in {k: v for m in modules for k, v in public_functions(m).items()}.items():
-        signature = str(inspect.signature(function))
+        signature = inspect.signature(function)
+        annotations = [signature.return_annotation, *(x.annotation for x in signature.parameters.values())]
         advice = f"{name}: write `from __future__ import annotations` in its file"
-        assert not re.search(r"typing\.|collections\.|jaxlib", signature), advice
-        assert len(signature) < 700, f"{name}: {signature}"
+        assert all(isinstance(x, str) for x in annotations), advice  # As written, aliases by their names.
+        assert len(str(signature)) < 700, f"{name}: {signature}"
     assert "(rho: 'optax.ScalarOrSchedule' = 0.05, " in str(inspect.signature(optax_sam.gsam))
