@@ -107,11 +107,12 @@ def eigen_sam(
         )
         clean = loss.ascent()
         gradient = _tree.upcast(clean.gradient)
-        along, sign = _tree.unit(gradient), jnp.sign(_tree.dot(gradient, vector))
+        along = _tree.unit(gradient)
         share = _tree.dot(along, vector)
-        perturbation = jax.tree.map(
-            lambda g, v: state.rho * (g + alpha * sign * (v - share * g)), along, vector
-        )
+        # A norm that is not finite perturbs nothing, not even along the vector.
+        is_known = jnp.isfinite(_tree.squared_norm(gradient))
+        turn = jnp.where(is_known, alpha * jnp.sign(share), 0.0)
+        perturbation = jax.tree.map(lambda g, v: state.rho * (g + turn * (v - share * g)), along, vector)
         return loss.pair(clean, loss.at(perturbation), statistics=vector)
 
     def descent(gradients: SAMGradients, state: SAMState, params: optax.Params) -> tuple[optax.Updates, Any]:
