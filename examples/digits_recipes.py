@@ -90,7 +90,7 @@ class Recipe(NamedTuple):
     build: Callable[[Any, Setting], Pair]
     rho: float | None
     gradients: float = 2.0
-    products: int = 0
+    products: float = 0
     radius: str = "rho"
     momentum: bool = False
 
@@ -170,16 +170,17 @@ RECIPES = {
     "wsam": Recipe(_before_base(lambda rho: optax_sam.wsam(rho, gamma=0.8)), 0.2),
     "decoupled_wsam": Recipe(_decoupled_wsam, 0.7),
     "bsam": Recipe(_bsam, 0.5),
-    "gnp": Recipe(_before_base(optax_sam.gnp), 0.7),
-    "unified_sam": Recipe(_before_base(lambda rho: optax_sam.unified_sam(rho, mix=0.5)), 0.5),
-    "le_sam": Recipe(_before_base(lambda rise: optax_sam.le_sam(rise, rho_max=2.0)), 0.5, radius="rise"),
-    "stable_sam": Recipe(_before_base(optax_sam.stable_sam), 0.7),
+    "gnp": Recipe(_before_base(optax_sam.gnp), 1.0),
+    "unified_sam": Recipe(_before_base(lambda rho: optax_sam.unified_sam(rho, mix=0.5)), 0.85),
+    "le_sam": Recipe(_before_base(lambda rise: optax_sam.le_sam(rise, rho_max=2.0)), 0.7, radius="rise"),
+    "stable_sam": Recipe(_before_base(optax_sam.stable_sam), 0.85),
     "xsam": Recipe(_before_base(optax_sam.xsam), 0.5),
-    "functional_sam": Recipe(_before_base(optax_sam.functional_sam), 0.7),
-    "preconditioned_sam": Recipe(_before_base(optax_sam.preconditioned_sam), 0.7),
-    "cr_sam": Recipe(_before_base(optax_sam.cr_sam), 0.5, gradients=3),
-    "sampa": Recipe(_sampa, 0.7),
-    "sam_sps": Recipe(_sam_sps, 0.5),
+    "functional_sam": Recipe(_before_base(optax_sam.functional_sam), 0.85),
+    "preconditioned_sam": Recipe(_before_base(optax_sam.preconditioned_sam), 1.4),
+    "eigen_sam": Recipe(_before_base(lambda rho: optax_sam.eigen_sam(rho, every=10)), 0.7, products=0.5),
+    "cr_sam": Recipe(_before_base(optax_sam.cr_sam), 0.85, gradients=3),
+    "sampa": Recipe(_sampa, 4.0),
+    "sam_sps": Recipe(_sam_sps, 0.35),
     "looksam": Recipe(_before_base(lambda rho: optax_sam.looksam(rho, k=5, alpha=0.7)), 0.5, gradients=1.2),
     "ae_sam": Recipe(_before_base(optax_sam.ae_sam), 0.7, gradients=1.5),
     "weight_noise": Recipe(_before_base(optax_sam.weight_noise), 0.04, gradients=1, radius="scale"),

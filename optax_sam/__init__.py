@@ -34,6 +34,7 @@ from optax_sam.variants.async_sam import async_sam as async_sam
 from optax_sam.variants.bsam import bsam as bsam
 from optax_sam.variants.bsam import bsam_sample as bsam_sample
 from optax_sam.variants.cr_sam import cr_sam as cr_sam
+from optax_sam.variants.eigen_sam import eigen_sam as eigen_sam
 from optax_sam.variants.extragradient import extragradient as extragradient
 from optax_sam.variants.friendly_sam import friendly_sam as friendly_sam
 from optax_sam.variants.functional_sam import functional_sam as functional_sam

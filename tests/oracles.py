@@ -284,6 +284,19 @@ def cr_sam(grad: Any, w: Any, t: int, memory: Any, *, rho: float, gamma: float, 
     return up + gamma * (up + down - 2 * g) + beta * (up - down), memory
 
 
+def eigen_sam(
+    grad: Any, w: Any, t: int, memory: Any, *, start: Any, rho: float, alpha: float, every: int, n: int
+) -> Any:
+    """Luo et al.: towards the first eigenvector of the Hessian, by power iterations every few steps."""
+    v = start if t == 0 else memory
+    if t % every == 0:
+        for _ in range(n):
+            v = unit(hessian_times(grad, w, v))
+    g = grad(w)
+    e = unit(g) + alpha * np.sign(g @ v) * (v - (unit(g) @ v) * unit(g))
+    return grad(w + rho * e), v
+
+
 def sampa(grad: Any, w: Any, t: int, memory: Any, *, rho: float, rate: float, mix: float) -> Any:
     """Xie et al.: perturbed along the gradient at the auxiliary point, which a descent step follows."""
     m = np.zeros_like(w) if t == 0 else memory
@@ -430,6 +443,7 @@ ORACLES: dict[str, Callable[..., Any]] = {
     "async_sam": functools.partial(async_sam, rho=0.1),
     "async_sam_perturbed": functools.partial(one_gradient, rho=0.1),
     "cr_sam": functools.partial(cr_sam, rho=0.1, gamma=0.2, beta=0.1),
+    "eigen_sam": functools.partial(eigen_sam, rho=0.1, alpha=0.3, every=2, n=3),
     "sampa": functools.partial(sampa, rho=0.1, rate=0.05, mix=0.3),
     "preconditioned_sam": functools.partial(preconditioned_sam, rho=0.1, power=0.4, decay=0.9),
     "sam_sps": functools.partial(sam_sps, rho=0.1, most=0.2, decay=0.01),

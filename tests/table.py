@@ -45,7 +45,7 @@ class Row:
     clean_at_params: bool = True
     # Whether it needs values of the loss, which a user's `grad_fn` does not give.
     needs_values: bool = False
-    # Whether the second evaluation is a Hessian-vector product, which costs almost two gradients.
+    # Whether it takes Hessian-vector products, each of which costs almost two gradients.
     product: bool = False
 
     @functools.cached_property
@@ -381,6 +381,16 @@ ROWS = (
         memory_copies=1,
     ),
     _row("cr_sam", optax_sam.cr_sam, kwargs={"rho": 0.1, "gamma": 0.2, "beta": 0.1}, evaluations=(3,)),
+    _row(
+        "eigen_sam",
+        optax_sam.eigen_sam,
+        kwargs={"rho": 0.1, "alpha": 0.3, "every": 2, "iterations": 3, "key": 5},
+        evaluations=(5, 2),
+        product=True,
+        memory_copies=1,
+        static_args=("iterations", "key"),
+        algebra=20_000,  # A product costs almost two gradients, and counts as one.
+    ),
     _row(
         "sampa",
         optax_sam.sampa,

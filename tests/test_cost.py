@@ -110,7 +110,7 @@ def test_flops_are_those_of_the_evaluations(row: table.Row) -> None:
     """
     variant, tx = row.optimizer(BASE)
     program = library(variant, tx=tx)
-    if row.product:
+    if row.product and row.evaluations == (2,):
         assert 2.8 < gradients(program) < 2.9
         return
     if row in TWO_GRADIENTS:

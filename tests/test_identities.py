@@ -141,6 +141,7 @@ TWINS = dict(
         twin("gnp_by_name", optax_sam.gnp(RHO, 0.8), "wsam"),
         twin("gnp_zero", optax_sam.gnp(RHO, 0.0), "base"),
         twin("preconditioned_power_zero", optax_sam.preconditioned_sam(RHO, 0.0)),
+        twin("eigen_sam_zero", optax_sam.eigen_sam(RHO, 0.0)),
         twin("cr_sam_zero", optax_sam.cr_sam(RHO, 0.0, 0.0)),
         twin("unified_one", optax_sam.unified_sam(RHO, 1.0)),
         twin("unified_zero", optax_sam.unified_sam(0.01, 0.0), "usam"),

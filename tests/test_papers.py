@@ -72,6 +72,12 @@ def draws():
     return np.array([ravel_pytree(optax.tree.random_like(k, like, jax.random.uniform))[0] for k in steps])
 
 
+def start():
+    """The vector that Eigen-SAM of the table begins with: of its key alone."""
+    like = tree(np.zeros(oracles.SIZE))
+    return np.asarray(ravel_pytree(optax.tree.random_like(jax.random.key(5), like, jax.random.normal))[0])
+
+
 @pytest.mark.every_row
 @pytest.mark.parametrize("row", table.ROWS, ids=lambda row: row.name)
 def test_the_trajectory_is_the_papers(row):
@@ -82,6 +88,8 @@ def test_the_trajectory_is_the_papers(row):
             rule = functools.partial(rule, noise=noise(row))
         if "draws" in inspect.signature(rule).parameters:
             rule = functools.partial(rule, draws=draws())
+        if "start" in inspect.signature(rule).parameters:
+            rule = functools.partial(rule, start=start())
     expected, expected_memories, expected_values = oracles.trajectory(
         rule, whole_optimizer=row.whole_optimizer
     )

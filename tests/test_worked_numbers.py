@@ -462,6 +462,22 @@ def test_e23_cr_sam(store):
     close(flat(variant.update(grads, state, store(W0))[0]), (12.2158727700, 2.05512294409))
 
 
+def test_e24_eigen_sam(store):
+    """With the eigenvector (1, 0), or its negative, at hand; and that vector by power iterations."""
+    variant, params = optax_sam.eigen_sam(0.1, alpha=0.2), store(W0)
+    state = variant.init(params)
+    for vector in ((1.0, 0.0), (-1.0, 0.0)):
+        known = state._replace(step=jnp.asarray(1), memory=type(state.memory)(store(vector)))
+        _, grads = optax_sam.sam_value_and_grad(loss, variant)(params, L1, state=known)
+        close(flat(grads.perturbed), (10.9970173882, 1.00797017388))
+        d = flat(grads.perturbed) / np.array([10.0, 1.0]) - 1
+        close(d, 0.1 * np.array([0.9970173882297315, 0.07970173882297316]), rtol=1e-9)
+    many = optax_sam.eigen_sam(0.1, iterations=20)
+    _, grads = optax_sam.sam_value_and_grad(loss, many)(params, L1, state=state)
+    _, after = many.update(grads, state, params)
+    close(np.abs(flat(after.memory.vector)), (1.0, 0.0))
+
+
 def test_e25_sampa(store):
     """From a gradient at the auxiliary point that is known before the first step, as the paper begins."""
     variant = optax_sam.sampa(0.05, rho=0.1, mix=0.2)

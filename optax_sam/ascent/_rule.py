@@ -34,7 +34,7 @@ class AscentRule(NamedTuple):
 
     perturb: Ascent
     length: Callable[[optax.Updates, optax.Params], jax.Array] | None = None
-    of_step: Callable[[jax.typing.ArrayLike], Ascent] | None = None
+    of_step: Callable[[jax.Array | int], Ascent] | None = None
 
     def __call__(self, gradient: optax.Updates, rho: Any = None, params: Any = None) -> optax.Updates:
         """The perturbation of the rule."""
@@ -165,7 +165,7 @@ def length_of(rule: Ascent) -> Callable[[optax.Updates, optax.Params], jax.Array
     return getattr(rule, "length", None)
 
 
-def at_step(rule: Ascent, step: jax.typing.ArrayLike) -> Ascent:
+def at_step(rule: Ascent, step: jax.Array | int) -> Ascent:
     """The rule as it is at a step: what a variant calls, so that random rules draw anew.
 
     Args:
@@ -188,9 +188,7 @@ def at_step(rule: Ascent, step: jax.typing.ArrayLike) -> Ascent:
     return rule if of_step is None else of_step(step)
 
 
-def follow(
-    inner: Ascent, make: Callable[[Ascent], Ascent]
-) -> Callable[[jax.typing.ArrayLike], Ascent] | None:
+def follow(inner: Ascent, make: Callable[[Ascent], Ascent]) -> Callable[[jax.Array | int], Ascent] | None:
     """The `of_step` of a rule around another: None if that one never changes."""
     if getattr(inner, "of_step", None) is None:
         return None

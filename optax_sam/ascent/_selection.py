@@ -107,7 +107,7 @@ def random_mask(keep: float, key: Any = None, rule: Ascent | None = None) -> Asc
     seed = _checks.key("key", 0 if key is None else key)
     inner = resolve(rule, "rule")
 
-    def of_step(step: jax.typing.ArrayLike) -> AscentRule:
+    def of_step(step: jax.Array | int) -> AscentRule:
         of_inner = at_step(inner, step)
 
         def perturb(gradient: optax.Updates, rho: Any, params: optax.Params) -> optax.Updates:
