@@ -58,6 +58,7 @@ ARMS = {
     "layerwise": _arm(
         optax_sam.sam, (0.0025, 0.005, 0.01, 0.02, 0.04), 0.01, ascent=optax_sam.ascent.layerwise()
     ),
+    "matrix": _arm(optax_sam.sam, USUAL, 0.05, ascent=optax_sam.ascent.matrix("nuclear")),
     "looksam": _arm(optax_sam.looksam, USUAL, 0.1),
 }
 

@@ -332,7 +332,10 @@ def draw(axes: Any, arms: dict[str, np.ndarray]) -> None:
     for name, values in arms.items():
         # Side by side, so that no bar covers another.
         x = np.arange(values.shape[1]) + 0.06 * (len(ends) - (len(arms) - 1) / 2)
-        reporting.line_with_interval(axes, x, values, ARMS[name].colour)
+        lines = len(BITS) - 1
+        reporting.line_with_interval(axes, x[:lines], values[:, :lines], ARMS[name].colour)
+        # Two bits too, and so no further point of the line.
+        reporting.line_with_interval(axes, x[lines:], values[:, lines:], ARMS[name].colour, line="")
         ends[name] = x[-1], values[:, -1].mean(), ARMS[name].colour
     reporting.style(axes)
     ticks = [name.replace("clipped", "2 bits,\nclipped") for name in BITS][: values.shape[1]]

@@ -204,22 +204,19 @@ def meaning(report: dict[str, Any], variant: str, tuned: str, both: str | None =
 
 def figure(curves: dict[str, Curves], options: argparse.Namespace) -> Figure:
     """Learning curves: what the network knows, and what it memorised."""
-    picture = Figure(figsize=(10, 4.2), layout="constrained")
+    picture = Figure(figsize=(11.5, 4.2), layout="constrained")
     left, right = picture.subplots(1, 2)
-    epochs = np.arange(1, options.epochs + 1)
-    for (name, curve), colour, line in zip(
-        curves.items(),
-        (reporting.GREY, reporting.RED, reporting.BLUE, reporting.GOLD),
-        ("-", "-", "--", "-"),
-        strict=False,
-    ):
+    epochs, ends = np.arange(1, options.epochs + 1), {}
+    colours = (reporting.GREY, reporting.RED, reporting.BLUE, reporting.GOLD)
+    for (name, curve), colour in zip(curves.items(), colours, strict=False):
         for axes, values in ((left, 100 * curve.test), (right, 100 * curve.memorised)):
-            reporting.band(axes, epochs, values, colour, name, line)
-    left.set(title="Accuracy on clean test images", ylabel="test accuracy, %")
+            reporting.band(axes, epochs, values, colour, name)
+        ends[name] = epochs[-1], 100 * curve.test[:, -1].mean(), colour
+    left.set(title="Accuracy on clean test images", ylabel="test accuracy, % (axis cut)")
     right.set(title="Wrong training labels memorised", ylabel="share of the wrong labels, %", ylim=(-2, 102))
     for axes in (left, right):
         reporting.style(axes, xlabel="epoch", xlim=(1, max(2, options.epochs)))
-    left.legend(frameon=False, loc="lower left")
+    reporting.label_ends(left, ends)
     picture.suptitle(
         f"Digits, {options.label_noise:.0%} wrong labels: mean and range over {options.seeds} paired seeds"
     )

@@ -206,7 +206,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     what = "images to train on; of 5000, the rest is for the test"
     add("--train-size", type=number(int, BATCH, 4000), default=1000, help=f"{what} (default: %(default)s)")
     add("--tune", action="store_true", help="try every radius of the grid on seed 0 instead")
-    reporting.common_options(parser, "results/vit_small_data", seeds=(5, 2), epochs=(30, 1))
+    reporting.common_options(parser, "results/vit_small_data", seeds=(4, 2), epochs=(20, 1))
     return reporting.finish(parser, argv)
 
 
