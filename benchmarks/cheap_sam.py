@@ -35,17 +35,20 @@ from tqdm import tqdm
 FIRST_SEED, TUNING_SEEDS = 100, 2
 
 # One scale of radii for all: SAM's own, and longer ones for those that climb seldom or on few examples.
-SHORT = (0.1, 0.2, 0.4, 0.7, 1.0)
-LONG = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+SHORT = (0.1, 0.2, 0.4, 0.7, 1.0, 1.4)
+LONG = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 RADII = {
+    "plain": (0.0,),
     "sam": SHORT,
     "first half": SHORT,
     "last third": (0.2, 0.7, 1.4, 2.8),
-    "ae_sam": (0.2, 0.4, 0.7, 1.4),
+    "ae_sam": (0.2, 0.4, 0.7, 1.4, 2.8),
     "looksam, k = 5": SHORT,
-    "every 2nd of looksam, k = 5": (0.4, 1.0, 2.0, 4.0),
-    "weight_noise": (0.01, 0.02, 0.04, 0.08),
-    "plain": (0.0,),
+    "every 2nd of looksam, k = 5": (0.4, 1.0, 2.0, 4.0, 8.0),
+    "weight_noise": (0.01, 0.02, 0.04, 0.06, 0.08, 0.12),
+    "async_sam, perturbed": (0.2, 0.5, 0.7, 1.0, 1.4),
+    "msam": (0.5, 1.0, 2.0, 4.0, 6.0),
+    "msam along updates": (0.5, 1.0, 2.0, 4.0, 6.0),
 }
 
 CHOSEN: dict[str, dict[str, float]] = {}

@@ -1,8 +1,12 @@
 """The benchmarks run in their shortest form and count what they say; how long things take is not tested."""
 
+import gzip
+import json
 import math
+import re
 from pathlib import Path
 
+import accelerator
 import by_hand
 import cheap_sam
 import jax
@@ -45,6 +49,37 @@ def test_quick_form_of_the_collectives():
     rows = [line for line in done.stdout.splitlines() if line.startswith("| 8 (4 x 2)")]
     assert [row.split(" | ")[2].strip() for row in rows] == list(pod_collectives.METHODS)
     assert done.stdout.endswith("\nsmoke test, not a result\n")
+
+
+@pytest.mark.full
+def test_quick_form_of_the_accelerators():
+    done = quick.program("benchmarks/accelerator.py", "--quick")
+    assert done.returncode == 0, done.stderr
+    parts = re.findall(r"^=== (.*)$", done.stdout, re.MULTILINE)
+    assert len(parts) == 5
+    assert not any("left out" in part for part in parts)
+    assert re.search(r"^sam +\d\.\de-\d\d$", done.stdout, re.MULTILINE)
+    assert re.search(r"^sam, by hand \| [\d.]+ \| [\d.]+ \| ", done.stdout, re.MULTILINE)
+    assert "shows no device but the CPU" in done.stdout
+    assert "\nsmoke test, not a result\n" in done.stdout
+
+
+def test_gaps_of_a_profile(tmp_path):
+    """Two kernels that overlap, a gap of 30, and a third; what the host does does not count."""
+    events = [
+        {"name": "process_name", "pid": 1, "args": {"name": "/device:GPU:0"}},
+        {"name": "process_name", "pid": 2, "args": {"name": "/host:CPU"}},
+        {"ph": "X", "pid": 1, "ts": 0, "dur": 50},
+        {"ph": "X", "pid": 1, "ts": 40, "dur": 30},
+        {"ph": "X", "pid": 1, "ts": 100, "dur": 50},
+        {"ph": "X", "pid": 2, "ts": 70, "dur": 30},
+    ]
+    path = tmp_path / "plugins" / "host.trace.json.gz"
+    path.parent.mkdir()
+    path.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
+    assert accelerator.idle_share(tmp_path) == (30 / 150, 30)
+    path.write_bytes(gzip.compress(json.dumps({"traceEvents": events[1:2]}).encode()))
+    assert accelerator.idle_share(tmp_path) is None
 
 
 @pytest.mark.full
