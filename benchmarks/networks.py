@@ -120,10 +120,13 @@ SIZES: dict[str, dict[str, tuple[Any, Any, int, int]]] = {
 def make(name: str, size: str = "small", dtype: Any = jnp.float32, batch_size: int | None = None) -> Problem:
     """A network of `SIZES`, its params in float32, its activations in the dtype given."""
     build, shape, classes, examples = SIZES[name][size]
-    examples = examples if batch_size is None else batch_size
-    network: nn.Module = build(dtype)
+    return of(build(dtype), name == "transformer", shape, classes, batch_size or examples)
+
+
+def of(network: nn.Module, reads_tokens: bool, shape: Any, classes: int, examples: int) -> Problem:
+    """Any network, with random inputs of a shape, or so many random tokens."""
     keys = jax.random.split(jax.random.key(0), 3)
-    if name == "transformer":
+    if reads_tokens:
         inputs = jax.random.randint(keys[0], (examples, shape), 0, classes)
         labels = jnp.roll(inputs, -1, axis=1)
     else:

@@ -23,7 +23,16 @@ QUICK_NETWORK = {"layers": 2, "width": 64, "heads": 4, "hidden": 128, "vocabular
 EXAMPLES = 2
 MESHES = {8: (4, 2), 64: (16, 4), 256: (64, 4)}
 LAYOUTS = ("replicated", "fsdp")
-METHODS = ("AdamW", "SAM, global", "SAM, per device", "LookSAM, SAM step", "LookSAM, other step")
+METHODS = (
+    "AdamW",
+    "SAM, global",
+    "SAM, per device",
+    "LookSAM, SAM step",
+    "LookSAM, other step",
+    "every 5th, open",
+    "every 5th, shut",
+    "weight noise",
+)
 
 
 def measure(num_devices: int, layout: str, network: dict[str, int]) -> None:
@@ -152,6 +161,10 @@ def measure(num_devices: int, layout: str, network: dict[str, int]) -> None:
     both = compile_step(looksam)
     row(METHODS[3], both, max, baseline)
     row(METHODS[4], both, min, baseline)
+    gated = compile_step(optax_sam.gated(sam, optax_sam.gates.every(5)))
+    row(METHODS[5], gated, max, baseline)
+    row(METHODS[6], gated, min, baseline)
+    row(METHODS[7], compile_step(optax_sam.weight_noise(0.01)), max, baseline)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
