@@ -51,7 +51,41 @@ RADII = {
     "msam along updates": (0.5, 1.0, 2.0, 4.0, 6.0),
 }
 
-CHOSEN: dict[str, dict[str, float]] = {}
+# What `--tune` found best.
+CHOSEN: dict[str, dict[str, float]] = {
+    "digits": {
+        "plain": 0.0,
+        "sam": 0.7,
+        "every 5th step": 8.0,
+        "every 10th step": 16.0,
+        "every 20th step": 16.0,
+        "every 5th, ascent on 1/4": 8.0,
+        "a random fifth": 8.0,
+        "first half": 1.0,
+        "last third": 1.4,
+        "ae_sam": 2.8,
+        "looksam, k = 5": 1.4,
+        "every 2nd of looksam, k = 5": 8.0,
+        "ascent on 1/5": 2.0,
+        "weight_noise": 0.06,
+        "async_sam, perturbed": 1.0,
+        "msam": 4.0,
+        "msam along updates": 4.0,
+    },
+    "mnist": {
+        "plain": 0.0,
+        "sam": 0.4,
+        "every 5th step": 2.0,
+        "every 10th step": 2.0,
+        "every 5th, ascent on 1/4": 2.0,
+        "looksam, k = 5": 1.0,
+        "ascent on 1/5": 1.0,
+        "weight_noise": 0.04,
+        "async_sam, perturbed": 0.5,
+        "msam": 2.0,
+        "msam along updates": 4.0,
+    },
+}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
