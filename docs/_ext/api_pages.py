@@ -254,7 +254,7 @@ def pages() -> dict[str, str]:
     for page, names in found.items():
         if page in (STEP, CUSTOM):
             slug = page.lower().replace(" ", "_")
-            names = sorted(names, key=lambda name: isinstance(name.node, ast.ClassDef))  # Functions first.
+            names = sorted(names, key=lambda name: not isinstance(name.node, ast.FunctionDef))
             index["Core"][slug] = ", ".join(f"`{name.short}`" for name in names)
             texts[slug] = f"# {page}\n\n{reference(names, public)}"
         elif page.startswith("variants/"):
