@@ -22,8 +22,8 @@ ROWS = {
 
 
 def test_every_constructor_with_a_radius_has_a_row():
-    wanted = {row.constructor.__name__ for row in table.ROWS} | {"shifted_msam", "functional_sam"}
-    assert ROWS.keys() == wanted
+    names = {row.constructor.__name__ for row in table.ROWS} | {"shifted_msam", "functional_sam"}
+    assert ROWS.keys() == {name for name in names if hasattr(optax_sam, name)}  # Gated rows are of the table.
 
 
 @pytest.mark.parametrize("name", ROWS)
