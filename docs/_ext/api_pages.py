@@ -103,8 +103,10 @@ def names_of(module: str) -> list[Name]:
 
 def is_constructor(name: Name) -> bool:
     """Whether a name is that of a variant, or of an optimizer."""
-    inside = name.file.parent.name == "variants" and isinstance(name.node, ast.FunctionDef)
-    return inside and ast.unparse(name.node.returns or ast.Constant(None)) in CONSTRUCTED
+    node, inside = name.node, name.file.parent.name == "variants"
+    if not (inside and isinstance(node, ast.FunctionDef) and node.returns):
+        return False
+    return ast.unparse(node.returns) in CONSTRUCTED
 
 
 def places() -> dict[str, list[Name]]:
