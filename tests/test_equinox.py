@@ -115,7 +115,7 @@ MODELS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", tiers.later(MODELS, ("mlp", "batch", "several")))
+@pytest.mark.parametrize("name", tiers.later(MODELS, ("batch", "several")))
 def test_models(name: str) -> None:
     """Value, clean gradient and aux, bit for bit; the perturbed gradient."""
     args, kwargs, fun, has_aux = MODELS[name]()
