@@ -1,7 +1,7 @@
 """Training code as other people write it, in short: what `docs/guides/clients.md` makes sharpness-aware.
 
-Each text is a program in the form of the original. All but `IMAGENET` leave what they trained in `result`, and
-their losses call `traced()`, by which traces are counted.
+Each text is a program in the form of the original. All but `IMAGENET` leave what they trained in `result`,
+and their losses call `traced()`, by which traces are counted.
 """
 
 NNX_MNIST = """
