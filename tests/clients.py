@@ -1,7 +1,7 @@
 """Training code as other people write it, in short: what `docs/guides/clients.md` makes sharpness-aware.
 
-Each text is a program in the form of the original. It leaves what it trained in `result`, and its loss calls
-`traced()`, by which its traces are counted.
+Each text is a program in the form of the original. All but `IMAGENET` leave what they trained in `result`,
+and their losses call `traced()`, by which traces are counted.
 """
 
 NNX_MNIST = """
@@ -487,4 +487,51 @@ for batch in batches:
     inputs = {"token_ids": jnp.abs(batch["x"] * 3).astype(jnp.int32) % 7, "label": batch["label"] % 2}
     loss, classifier, opt_state, train_key = p_make_step(classifier, inputs, opt_state, train_key, tx)
 result = eqx.filter(classifier, eqx.is_inexact_array), loss
+"""
+
+IMAGENET = """
+class TrainState(train_state.TrainState):
+    batch_stats: Any
+    dynamic_scale: DynamicScale
+
+
+def train_step(state, batch):
+    def loss_fn(params):
+        logits, new_model_state = state.apply_fn(
+            {"params": params, "batch_stats": state.batch_stats}, batch["image"], mutable=["batch_stats"]
+        )
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+        weight_l2 = sum(jnp.sum(x**2) for x in jax.tree_util.tree_leaves(params) if x.ndim > 1)
+        return loss + 0.0001 * 0.5 * weight_l2, (new_model_state, logits)
+
+    dynamic_scale = state.dynamic_scale
+    if dynamic_scale:
+        grad_fn = dynamic_scale.value_and_grad(loss_fn, has_aux=True, axis_name="batch")
+        dynamic_scale, is_fin, aux, grads = grad_fn(state.params)
+    else:
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        aux, grads = grad_fn(state.params)
+        grads = lax.pmean(grads, axis_name="batch")
+    new_model_state, logits = aux[1]
+    new_state = state.apply_gradients(grads=grads, batch_stats=new_model_state["batch_stats"])
+    if dynamic_scale:
+        select = functools.partial(jnp.where, is_fin)
+        new_state = new_state.replace(
+            opt_state=jax.tree_util.tree_map(select, new_state.opt_state, state.opt_state),
+            params=jax.tree_util.tree_map(select, new_state.params, state.params),
+            dynamic_scale=dynamic_scale,
+        )
+    return new_state, aux[0]
+
+
+tx = optax.sgd(0.1, momentum=0.9, nesterov=True)
+variables = network.init(jax.random.key(0), images[0])
+state = TrainState.create(
+    apply_fn=network.apply, tx=tx, params=variables["params"], batch_stats=variables["batch_stats"],
+    dynamic_scale=dynamic_scale,
+)
+state = jax.tree.map(lambda x: jnp.broadcast_to(x, (8, *jnp.shape(x))), state)
+p_train_step = jax.pmap(train_step, axis_name="batch")
+for i in range(3):
+    state, loss = p_train_step(state, {"image": images, "label": labels})
 """

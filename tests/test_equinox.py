@@ -115,7 +115,7 @@ MODELS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", tiers.later(MODELS, ("mlp", "batch", "several")))
+@pytest.mark.parametrize("name", tiers.later(MODELS, ("batch", "several")))
 def test_models(name: str) -> None:
     """Value, clean gradient and aux, bit for bit; the perturbed gradient."""
     args, kwargs, fun, has_aux = MODELS[name]()
@@ -148,6 +148,7 @@ def step(tx: Any, variant: Any, model: Any, state: Any, opt_state: Any, key: Any
     return eqx.apply_updates(model, updates), state, opt_state, value
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("row", table.VARIANTS, ids=lambda row: row.name)
 def test_variants(row: table.Row) -> None:
     """Every variant, against the plain door with a model that was taken apart by hand."""
