@@ -22,7 +22,8 @@ ROWS = {
 
 
 def test_every_constructor_with_a_radius_has_a_row():
-    wanted = {row.constructor.__name__ for row in table.ROWS} | {"shifted_msam", "functional_sam"}
+    names = {row.constructor.__name__ for row in table.ROWS} | {"shifted_msam", "functional_sam"}
+    wanted = {name for name in names if hasattr(optax_sam, name)}  # And not rows of gates around them.
     assert ROWS.keys() == wanted
 
 
