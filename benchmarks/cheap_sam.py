@@ -45,10 +45,10 @@ RADII = {
     "ae_sam": (0.2, 0.4, 0.7, 1.4, 2.8),
     "looksam, k = 5": SHORT,
     "every 2nd of looksam, k = 5": (0.4, 1.0, 2.0, 4.0, 8.0),
-    "weight_noise": (0.01, 0.02, 0.04, 0.06, 0.08, 0.12),
+    "weight_noise": (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.12),
     "async_sam, perturbed": (0.2, 0.5, 0.7, 1.0, 1.4),
     "msam": (0.5, 1.0, 2.0, 4.0, 6.0),
-    "msam along updates": (0.5, 1.0, 2.0, 4.0, 6.0),
+    "msam along updates": (0.5, 1.0, 2.0, 4.0),
 }
 
 # What `--tune` found best.
