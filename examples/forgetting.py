@@ -239,22 +239,27 @@ def table(setting: str, rows: dict[str, Any]) -> str:
 
 
 def meaning(report: dict[str, Any]) -> str:
-    """What a paired t-test at 5 % says of SAM, in words."""
+    """What a paired t-test at 5 % says of SAM, in words; of the other arms at the lowest level."""
     lines = []
     for setting, rows in report.items():
-        for what, key in (("AdamW", None), ("the others", "SAM ahead")):
-            says: dict[str, list[str]] = {"better": [], "worse": [], "unclear": []}
-            if key is None:
-                for level, gain in rows["SAM"]["gain"].items():
-                    says[reporting.judge(gain)].append(f"at {level} {reporting.interval(gain)}")
-            else:
-                for name in rows:
-                    if name not in ("AdamW", "SAM") and "80" in rows[name][key]:
-                        gain = rows[name][key]["80"]
-                        says[reporting.judge(gain)].append(f"{name} {reporting.interval(gain)}")
-            where = "" if key is None else " at 80"
-            lines.append(f"{setting}, SAM{where} against {what}: {quantize.in_words(says)}")
+        gains = {f"at {level}": gain for level, gain in rows["SAM"]["gain"].items()}
+        lines.append(f"{setting}, SAM against AdamW: {judged(gains)}")
+        level = str(LEVELS[0])
+        ahead = {
+            name: row["SAM ahead"][level]
+            for name, row in rows.items()
+            if name not in ("AdamW", "SAM") and level in row["SAM ahead"]
+        }
+        lines.append(f"{setting}, SAM at {level} against the others: {judged(ahead)}")
     return "\n".join(lines)
+
+
+def judged(gains: dict[str, Any]) -> str:
+    """The gains by what the test says of them."""
+    says: dict[str, list[str]] = {"better": [], "worse": [], "unclear": []}
+    for name, gain in gains.items():
+        says[reporting.judge(gain)].append(f"{name} {reporting.interval(gain)}")
+    return quantize.in_words(says) if gains else "a level was not reached."
 
 
 def figure(paths: dict[str, dict[str, np.ndarray]], options: argparse.Namespace) -> Figure:

@@ -126,7 +126,7 @@ def draw_wrong(axes: Axes, wrong: Mapping[str, np.ndarray]) -> None:
         )
         ends[name] = epochs[-1], mean[-1], colour
     late = np.array([values.mean(axis=0)[values.shape[1] // 20 :] for values in wrong.values()])
-    reporting.style(axes, ylim=(late.min() - 3, late.max() + 2))
+    reporting.style(axes, ylim=(late.min() - 5, late.max() + 2))
     reporting.label_ends(axes, ends)
 
 
