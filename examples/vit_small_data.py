@@ -1,14 +1,14 @@
-"""Where SAM's gain is largest: networks without convolutions, little data, labels all right.
+"""Networks without convolutions, little data, labels all right: what SAM adds to AdamW.
 
     python examples/vit_small_data.py
     python examples/vit_small_data.py --train-size 4000 --seeds 3
 
 A vision transformer, an MLP-Mixer and a CNN, with about 50,000 params each, learn 1000 images of MNIST with
-AdamW and its usual learning rate of 0.001. Nothing but the optimizer differs between the two columns. After
-Chen, Hsieh and Gong, `When Vision Transformers Outperform ResNets without Pre-training or Strong Data
-Augmentations <https://arxiv.org/abs/2106.01548>`_, ICLR 2022.
+AdamW. Nothing but the optimizer differs between the two columns. After Chen, Hsieh and Gong, `When Vision
+Transformers Outperform ResNets without Pre-training or Strong Data Augmentations
+<https://arxiv.org/abs/2106.01548>`_, ICLR 2022.
 
-The radii were chosen with `--tune`, on seed 0.
+Learning rate and radius were chosen for the vision transformer, on seed 0; the other two have the same.
 """
 
 import argparse
@@ -31,8 +31,9 @@ from tqdm import tqdm
 import optax_sam
 
 BATCH = 50
-GRID = (0.1, 0.2, 0.3)
-RADII = {"vit": 0.2, "mixer": 0.2, "cnn": 0.2}
+LEARNING_RATE = 3e-3
+GRID = (0.05, 0.1, 0.2)
+RADII = {"vit": 0.1, "mixer": 0.1, "cnn": 0.1}
 TITLES = {"vit": "ViT", "mixer": "MLP-Mixer", "cnn": "CNN"}
 
 
@@ -99,7 +100,7 @@ class Bench:
     def __init__(self, network: str, train_size: int, epochs: int) -> None:
         """Makes the programs."""
         self.model, self.epochs = NETWORKS[network](), epochs
-        rate = optax.cosine_decay_schedule(1e-3, epochs * (train_size // BATCH))
+        rate = optax.cosine_decay_schedule(LEARNING_RATE, epochs * (train_size // BATCH))
 
         def sam(rho: Any) -> Any:
             variant = optax_sam.sam(rho)
