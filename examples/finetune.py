@@ -274,6 +274,7 @@ def figure(rows: dict[str, Any], options: argparse.Namespace) -> Figure:
         axes.axhline(0.0, color=reporting.GREY, linewidth=1)
         reporting.style(axes, title=f"trained: {name}", xlabel="labels of each class")
         axes.set_xticks(range(len(options.labels)), options.labels)
+        axes.set_xlim(-0.5, len(options.labels) - 0.5)
     panels[0].set_ylabel("gain of SAM, points of test accuracy")
     panels[-1].legend(frameon=False, loc="best")
     picture.suptitle(
