@@ -94,7 +94,8 @@ def eigen_sam(
         vector = _tree.select(state.step == 0, noise, state.memory.vector)
         for _ in range(iterations):
             _, product = jax.jvp(gradient_at, (zeros,), (vector,))
-            vector = _tree.unit(product)
+            # The norm of leaves of several dtypes is in the best of them.
+            vector = _tree.cast_like(_tree.unit(product), zeros)
         return vector
 
     def evaluate(loss: Loss, state: SAMState) -> Evaluation:
