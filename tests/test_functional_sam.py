@@ -13,6 +13,7 @@ import optax
 import oracles
 import pytest
 import table
+import tiers
 from jax.flatten_util import ravel_pytree
 
 import optax_sam
@@ -67,7 +68,7 @@ def walk(variant: Any, steps: int = 6) -> Any:
 
 
 @pytest.mark.usefixtures("in_float64")
-@pytest.mark.parametrize("rule", ["normalized", "unnormalized"])
+@pytest.mark.parametrize("rule", tiers.later(["normalized", "unnormalized"], ["normalized"]))
 def test_the_trajectory_is_the_papers(rule: str) -> None:
     rho = 0.1 if rule == "normalized" else 0.02
     points, values = walk(optax_sam.functional_sam(rho, ascent=getattr(optax_sam.ascent, rule)()))
@@ -106,7 +107,7 @@ def test_a_linear_loss_of_the_outputs_makes_it_sam() -> None:
     chex.assert_trees_all_close(functional[1][:2], sam[1][:2], rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", tiers.later([jnp.float32, jnp.bfloat16, jnp.float16], [jnp.bfloat16]))
 def test_dtypes_doors_and_hyperparameters(dtype: Any) -> None:
     variant, params = optax_sam.functional_sam(0.1), params_of(oracles.first_params(), dtype)
     x = jnp.asarray(oracles.batches()[0], dtype)
