@@ -181,13 +181,13 @@ def figure(values: dict[str, dict[str, np.ndarray]], options: argparse.Namespace
     left, right = picture.subplots(1, 2, sharey=True)
     for height, arms in enumerate(values.values()):
         plain, sam = (arms[name] for name in ("AdamW", "with SAM"))
-        for accuracies, colour in ((plain, GREY), (sam, RED)):
+        for accuracies, colour, shift in ((plain, GREY, -0.08), (sam, RED, 0.08)):
             half = reporting.half_width(accuracies) if options.seeds > 1 else None
-            left.errorbar(accuracies.mean(), height, xerr=half, fmt="o", color=colour, capsize=3)
+            left.errorbar(accuracies.mean(), height + shift, xerr=half, fmt="o", color=colour, capsize=3)
         right.plot(sam - plain, np.full(options.seeds, height), "o", color=RED, alpha=0.5)
     plain, sam = next(iter(values.values())).values()
-    for accuracies, name, colour in ((plain, "AdamW", GREY), (sam, "with SAM", RED)):
-        left.annotate(name, (accuracies.mean(), 0.22), color=colour, ha="center")
+    left.annotate("AdamW", (plain.mean(), -0.2), color=GREY, ha="center", va="top")
+    left.annotate("with SAM", (sam.mean(), 0.2), color=RED, ha="center", va="bottom")
     right.axvline(0, color=GREY, linewidth=1)
     heights = {"yticks": range(len(values)), "yticklabels": [name.replace(", ", "\n") for name in values]}
     limits = {"ylim": (-0.6, len(values) - 0.4)}
