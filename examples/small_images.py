@@ -20,8 +20,6 @@ from sklearn.datasets import load_digits
 
 import optax_sam
 
-TITLES = {"digits": "digits, 8 x 8", "mnist": "MNIST, 28 x 28"}
-
 
 class Data(NamedTuple):
     """One split of a data set; pixels have mean 0 and variance 1 over the training images.
