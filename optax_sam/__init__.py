@@ -64,7 +64,7 @@ from optax_sam.variants.wsam import decoupled_wsam as decoupled_wsam
 from optax_sam.variants.wsam import wsam as wsam
 from optax_sam.variants.xsam import xsam as xsam
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Every name above: each is imported as itself, on a line of its own.
 __all__ = [name for name in globals() if name[0] != "_" and name != "variants"]  # pyright: ignore[reportUnsupportedDunderAll]
