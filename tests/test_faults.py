@@ -253,13 +253,12 @@ def test_msam_on_a_momentum_in_parts(base: Any) -> None:
 @pytest.mark.parametrize("constructor", [optax_sam.msam, optax_sam.shifted_msam])
 @pytest.mark.parametrize("base", [optax.contrib.schedule_free_adamw(0.1), optax.contrib.prodigy()])
 def test_msam_without_a_momentum_names_what_to_use(constructor: Any, base: Any) -> None:
-    instead = r"keeps 0\. Before any other, `optax.chain\(optax_sam.async_sam\(rho, reuse='perturbed'\), base"
+    instead = r"keeps 0\. `optax_sam.msam\(base_optimizer, rho, along='update'\)` goes along the last update"
     with pytest.raises(ValueError, match=instead):
         constructor(base).init(PARAMS)
-    variant = optax_sam.async_sam(0.1, reuse="perturbed")
-    tx = optax.chain(variant, base)
+    tx = optax_sam.msam(base, 0.1, along="update")
     state = tx.init(PARAMS)
-    _, grads = evaluate(variant, state)
+    _, grads = evaluate(tx, state)
     tx.update(grads, state, PARAMS)
 
 
