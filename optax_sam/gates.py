@@ -301,7 +301,8 @@ def gated(variant: SharpnessAwareTransformation, gate: Gate) -> SharpnessAwareTr
 
     Args:
       variant: Any variant that has a plain step: not one that never takes the gradient at params, such as
-        `bsam`, `msam` and `weight_noise`. Of a whole optimizer the base optimizer makes the plain steps.
+        `bsam`, `msam` and `weight_noise`, nor one that measures something for its direction in its first pass
+        (`eigen_sam`, `sam_sps`). Of a whole optimizer the base optimizer makes the plain steps.
       gate: One of `optax_sam.gates`, or several combined with `&`, `|` and `~`.
 
     Returns:

@@ -134,6 +134,37 @@ def test_a_shut_step_takes_one_gradient() -> None:
     assert looksam == [2, 1, 1, 1, 2, 1, 1, 1, 2]
 
 
+GATEABLE = [
+    row for row in table.ROWS if row.constructor.__module__ != "table" and row.make().begins_at_params
+]
+GATEABLE = [row for row in GATEABLE if row.make().made_by.name != "ae_sam"]  # Which has a gate.
+
+
+@pytest.mark.parametrize("row", GATEABLE, ids=lambda row: row.name)
+def test_every_variant_behind_a_gate(row: table.Row) -> None:
+    """An open step is the variant's own, and a shut one a plain one: of its base optimizer, if it has one."""
+    variant, params, batch = row.make(), table.params(), table.batch()
+    base = row.kwargs.get("base_optimizer")
+    expected = jax.grad(table.loss)(params, batch)
+    if base is not None:
+        expected, _ = base.update(expected, base.init(params), params)
+
+    def direction(one: Any) -> tuple[Any, Any]:
+        state = one.init(params)
+        _, grads = optax_sam.sam_value_and_grad(table.loss, one)(params, batch, state=state)
+        return one.update(grads, state, params)[0], grads.statistics
+
+    own, statistics = direction(variant)
+    if statistics is not None:
+        with pytest.raises(ValueError, match="measures something in its first pass"):
+            direction(optax_sam.gated(variant, gates.every(2)))
+        return
+    for gate, wanted in ((gates.every(2), own), (gates.window(1), expected)):
+        found, _ = direction(optax_sam.gated(variant, gate))
+        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
+
+
 def test_metrics_of_a_shut_step_are_unknown() -> None:
     variant = optax_sam.gated(SAM, gates.every(2))
     value_and_grad = optax_sam.sam_value_and_grad(table.loss, variant, return_metrics=True)
