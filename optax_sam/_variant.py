@@ -46,7 +46,7 @@ class SharpnessAwareTransformation(optax.GradientTransformationExtraArgs):
       is_optimizer: Whether it is a whole optimizer: what it returns are updates, and no optimizer follows it.
       rho: The radius that it was made with, a number or a schedule.
       rho_name: What the variant calls its radius.
-      begins_at_params: Whether its first pass is the gradient at params.
+      has_plain_step: Whether it can do with the gradient at params alone, as `gated` lets it in some steps.
       made_by: The name and the arguments of its constructor, as its pairs of gradients carry them.
       remake: Makes it anew with some of the constructor's arguments replaced, or None.
       describe: Gives the call of the constructor, for people to read, or None.
@@ -58,7 +58,7 @@ class SharpnessAwareTransformation(optax.GradientTransformationExtraArgs):
     is_optimizer: bool
     rho: optax.ScalarOrSchedule
     rho_name: str
-    begins_at_params: bool
+    has_plain_step: bool
     made_by: MadeBy
     remake: Callable[..., SharpnessAwareTransformation] | None
     describe: Callable[[], str] | None = None
@@ -450,7 +450,7 @@ def sharpness_aware(
     compares: bool | None = None,
     guards_memory: bool = False,
     is_optimizer: bool = False,
-    begins_at_params: bool = True,
+    has_plain_step: bool = True,
     rho_name: str = "rho",
 ) -> SharpnessAwareTransformation:
     r"""Builds a sharpness-aware variant from a few small functions.
@@ -485,8 +485,8 @@ def sharpness_aware(
       guards_memory: Whether `descent` itself keeps the memory finite.
       is_optimizer: Whether `descent` returns updates, learning rate and sign included: a whole optimizer,
         after which `sam_value_and_grad` refuses another.
-      begins_at_params: Whether the first pass is `loss.ascent()`, the gradient at params. Without one there
-        is no plain step, and `gated` refuses the variant.
+      has_plain_step: Whether a step can do with the clean gradient alone: the first pass is `loss.ascent()`,
+        and `descent` needs no statistics. Else `gated` refuses the variant.
       rho_name: What the constructor calls the radius, for messages and for `optax.inject_hyperparams`.
 
     Returns:
@@ -569,7 +569,7 @@ def sharpness_aware(
         is_optimizer=is_optimizer,
         rho=rho,
         rho_name=rho_name,
-        begins_at_params=begins_at_params,
+        has_plain_step=has_plain_step,
         made_by=MadeBy("sharpness_aware"),
         remake=None,
     )

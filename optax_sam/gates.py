@@ -423,10 +423,10 @@ def _check_gated(variant: Any, gate: Any) -> None:
         raise TypeError(msg)
     _check_gate(gate)
     name = variant.made_by.name
-    if not variant.begins_at_params:
+    if not variant.has_plain_step:
         msg = (
-            f"`{name}` never takes the gradient at params: it has no plain step, and a gate would only make "
-            "it dearer. Take it without a gate, or gate another variant."
+            f"`{name}` has no plain step: it never takes the gradient at params, or needs more than that one. "
+            "Take it without a gate, or gate another variant."
         )
         raise ValueError(msg)
     if name == "gated":

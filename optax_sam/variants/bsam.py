@@ -163,7 +163,7 @@ def bsam(
         evaluate=evaluate,
         compares=False,
         is_optimizer=True,
-        begins_at_params=False,
+        has_plain_step=False,
     )
 
 

@@ -127,4 +127,6 @@ def eigen_sam(
     def init_memory(params: optax.Params) -> EigenSAMMemory:
         return EigenSAMMemory(_tree.zeros_like(params))
 
-    return sharpness_aware(rho, None, descent, init_memory, evaluate=evaluate, ascent_only=True)
+    return sharpness_aware(
+        rho, None, descent, init_memory, evaluate=evaluate, ascent_only=True, has_plain_step=False
+    )

@@ -157,7 +157,7 @@ def msam(
         return update, MSAMMemory(new, _tree.select(moves, _tree.upcast(update), state.memory.update))
 
     return sharpness_aware(
-        rho, None, descent, init_memory, evaluate=evaluate, is_optimizer=True, begins_at_params=False
+        rho, None, descent, init_memory, evaluate=evaluate, is_optimizer=True, has_plain_step=False
     )
 
 

@@ -101,7 +101,15 @@ def sam_sps(
         decayed = jax.tree.map(lambda p, w: p + weight_decay * w, gradients.perturbed, _tree.upcast(params))
         return jax.tree.map(lambda d: -rate * d, decayed), state.memory
 
-    return sharpness_aware(rho, None, descent, evaluate=evaluate, ascent_only=True, is_optimizer=True)
+    return sharpness_aware(
+        rho,
+        None,
+        descent,
+        evaluate=evaluate,
+        ascent_only=True,
+        is_optimizer=True,
+        has_plain_step=False,
+    )
 
 
 _NEEDS_VALUES = (

@@ -96,5 +96,5 @@ def weight_noise(
         return mixed, state.memory
 
     if mix == 1.0:
-        return sharpness_aware(scale, evaluate=evaluate, begins_at_params=False, rho_name="scale")
+        return sharpness_aware(scale, evaluate=evaluate, has_plain_step=False, rho_name="scale")
     return sharpness_aware(scale, None, descent, evaluate=evaluate, rho_name="scale")
