@@ -425,7 +425,7 @@ def _check_gated(variant: Any, gate: Any) -> None:
     name = variant.made_by.name
     if not variant.has_plain_step:
         msg = (
-            f"`{name}` has no plain step: it never takes the gradient at params, or needs more than that one. "
+            f"`{name}` has no plain step: it never takes the gradient at params, or needs more than it. "
             "Take it without a gate, or gate another variant."
         )
         raise ValueError(msg)
