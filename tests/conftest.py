@@ -67,8 +67,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what waits for `--full`, or with `--rest` all else, unless it is asked for by its name."""
-    if config.option.full or any("::" in argument for argument in config.args):
+    """Leaves out what this tier does not ask, unless it is asked for by its name."""
+    if any("::" in argument for argument in config.args):
         return
     rows: dict[Any, dict[str, Any]] = collections.defaultdict(dict)
     for item in items:
@@ -78,12 +78,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept, left = [], []
     for item in items:
         row = _row(item)
-        is_other_row = row is not None and row.name not in chosen[_function(item)]
-        waits = is_other_row or item.get_closest_marker("full")
-        runs = waits or item.get_closest_marker("by_tier") if config.option.rest else not waits
-        (kept if runs else left).append(item)
+        is_other = row is not None and row.name not in chosen[_function(item)]
+        (kept if _is_asked(config, item, is_other) else left).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left)
+
+
+def _is_asked(config: pytest.Config, item: pytest.Item, is_other: bool) -> bool:
+    """Whether this tier asks it; `is_other`: of a row that shows no capability that others do not show."""
+    if is_other and item.get_closest_marker("by_capability"):
+        return False
+    waits = is_other or item.get_closest_marker("full") is not None
+    if config.option.rest:
+        return waits or item.get_closest_marker("by_tier") is not None
+    return config.option.full or not waits
 
 
 def _row(item: pytest.Item) -> Any:

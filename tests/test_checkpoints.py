@@ -20,8 +20,6 @@ import tiers
 
 import optax_sam
 
-pytestmark = pytest.mark.by_tier
-
 
 def trained(row: table.Row) -> Any:
     """An optimizer, params and its state after two steps."""
@@ -48,6 +46,7 @@ def test_flax_serialization(row: table.Row) -> None:
         chex.assert_trees_all_equal_dtypes(restored, state)
 
 
+@pytest.mark.by_tier
 def test_orbax(tmp_path: Path) -> None:
     """The states of all variants in one checkpoint; with a concrete and with an abstract target."""
     made = {row.name: trained(row) for row in tiers.some(table.ROWS)}

@@ -26,6 +26,9 @@ from table import ROWS, Row
 
 import optax_sam
 
+# A door, or a fault of the mechanism, cannot tell two rows with the same capabilities apart.
+pytestmark = pytest.mark.by_capability
+
 PARAMS = table.params()
 EXAMPLES = table.batch()
 SAM = optax_sam.sam(0.1)

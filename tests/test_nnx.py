@@ -20,6 +20,9 @@ from flax import nnx
 
 import optax_sam
 
+# A door, or a fault of the mechanism, cannot tell two rows with the same capabilities apart.
+pytestmark = pytest.mark.by_capability
+
 every_variant = pytest.mark.parametrize("row", table.VARIANTS, ids=lambda row: row.name)
 
 RHO = 0.1
