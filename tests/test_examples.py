@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 import quick
+import table
 import tiers
 import train_digits
 
@@ -98,7 +99,10 @@ def test_gradient_evaluations_are_as_the_table_says(name, monkeypatch):
     jax.effects_barrier()
     assert int(state.step) == 10
     assert all(bool(jnp.all(jnp.isfinite(w))) for w in jax.tree.leaves(state.params))
-    assert len(calls) == round(10 * (recipe.gradients + recipe.products))
+    if any(row.evaluates_by_data for row in table.ROWS if row.constructor.__name__ == name):
+        assert 10 < len(calls) < 20
+    else:
+        assert len(calls) == round(10 * (recipe.gradients + recipe.products))
 
 
 def test_compiled_once_for_all_epochs_and_seeds(monkeypatch):
