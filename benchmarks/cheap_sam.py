@@ -110,7 +110,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     report = {}
     times = cost(options.methods, options.quick)
     for task in options.tasks:
-        options.chosen = [method for method in options.methods if method in radii[task]]
         scores = measure(task, options, radii[task])
         report[task] = summarize(scores, times, radii[task])
         print(f"\n{heading(task, options)}\n\n{table(report[task], TASKS[task].unit)}", flush=True)
@@ -169,9 +168,9 @@ def tune(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(name: str, options: argparse.Namespace, radii: dict[str, float]) -> dict[str, np.ndarray]:
-    """The scores of all methods, seed by seed."""
-    task = TASKS[name]
-    runs = {m: make_run(task, METHODS[m], options.epochs or task.epochs) for m in options.chosen}
+    """The scores of all methods that have a radius, seed by seed."""
+    task, chosen = TASKS[name], [method for method in options.methods if method in radii]
+    runs = {m: make_run(task, METHODS[m], options.epochs or task.epochs) for m in chosen}
     scores: dict[str, list[float]] = {method: [] for method in runs}
     with tqdm(total=options.seeds * len(runs), unit="run", dynamic_ncols=True, disable=None) as bar:
         for seed in range(FIRST_SEED, FIRST_SEED + options.seeds):

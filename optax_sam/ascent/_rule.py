@@ -148,7 +148,7 @@ def resolve(rule: Ascent | None, name: str = "ascent") -> Ascent:
 
 
 def other_axes(x: jax.Array, output_axis: int) -> tuple[int, ...]:
-    """The axes of a leaf but for that which counts its outputs; none of a vector or a scalar."""
+    """All axes of a leaf except the one that counts its outputs. A vector or a scalar has none."""
     if x.ndim < 2:
         return ()
     if not -x.ndim <= output_axis < x.ndim:
