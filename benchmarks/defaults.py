@@ -455,11 +455,19 @@ def collapses(rows: Sequence[Mapping[str, Any]]) -> str:
     return timing.markdown(["runs", "count", "loss", "sharpness", "cosine"], lines)
 
 
-def tables(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Prints all tables and returns the report."""
-    report = summarize(rows)
-    print(baselines(rows), table(report), collapses(rows), sep="\n\n")
-    return report
+def text_of(content: Mapping[str, Any]) -> str:
+    """The tables as RESULTS.md has them, from what is in the JSON."""
+    rows = content["rows"]
+    return "\n\n".join(
+        [
+            "Plain training:",
+            baselines(rows),
+            'All settings; "default" speaks of the arguments in the same row:',
+            table(summarize(rows)),
+            "Collapsed runs in the last epoch, median (10 % to 90 %):",
+            collapses(rows),
+        ]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -498,7 +506,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if options.tables:
         if not path.exists():
             parser.error(f"argument --tables: no results at {str(path)!r}")
-        return tables(json.loads(path.read_text())["rows"])
+        found = json.loads(path.read_text())
+        print(text_of(found))
+        return summarize(found["rows"])
     begin = time.perf_counter()
     trainers = {
         name: Trainer(name, options.seeds, options.epochs, options.warm_up) for name in options.networks
@@ -513,9 +523,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         kept.sort(key=lambda row: (order.index(row["variant"]), list(RECIPES).index(row["network"])))
         content = {"machine": timing.machine(), "epochs": options.epochs, "rows": kept}
         path.write_text(json.dumps(content, indent=1) + "\n")
-    report = tables(kept)
-    print(f"\nWritten: {path}")
-    return report
+    print(f"{text_of({'rows': kept})}\n\nWritten: {path}")
+    return summarize(kept)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import defaults
@@ -173,11 +172,10 @@ def starts(report: Sequence[Mapping[str, Any]]) -> str:
     return timing.markdown([*columns, "never more than a point below plain"], lines)
 
 
-def tables(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Prints all tables and returns the report."""
-    report = summarize(rows)
-    print(starts(report), table(report), sep="\n\n")
-    return report
+def text_of(content: Mapping[str, Any]) -> str:
+    """The tables as RESULTS.md has them, from what is in the JSON."""
+    report = summarize(content["rows"])
+    return f"{starts(report)}\n\n{table(report)}"
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -200,7 +198,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if {key: kept[key] for key in setup} != setup:
         parser.error(f"argument --output: {str(path)!r} was measured with other seeds or epochs")
     if options.tables:
-        return tables(kept["rows"])
+        print(text_of(kept))
+        return summarize(kept["rows"])
     begin = time.perf_counter()
     for network in options.networks:
         for variant in ("plain", *options.variants):
@@ -213,9 +212,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             path.write_text(json.dumps(kept, indent=1) + "\n")
             seconds = time.perf_counter() - begin
             print(f"{network}, {variant}: done after {seconds:.0f} s", file=sys.stderr, flush=True)
-    report = tables(kept["rows"])
-    print(f"\nWritten: {Path(path)}")
-    return report
+    print(f"{text_of(kept)}\n\nWritten: {path}")
+    return summarize(kept["rows"])
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     report = {"rows": reporting.compare(values)}
     report["meaning"] = reporting.conclude(options, meaning(report["rows"], arms[0].name))
-    print(reporting.comparison_table(report["rows"], "test accuracy, %"), report["meaning"], sep="\n\n")
+    print(text_of(report), report["meaning"], sep="\n\n")
     reporting.save(options, "adversarial", figure(report["rows"], radii), report)
     return report
 
@@ -175,6 +175,11 @@ def meaning(rows: dict[str, Any], base: str) -> str:
             f"{rows['clean'][name]['gain']['mean']:+.1f} on clean images."
         )
     return "\n".join(sentences)
+
+
+def text_of(content: dict[str, Any]) -> str:
+    """The tables as RESULTS.md has them, from what is in the JSON."""
+    return reporting.comparison_table(content["rows"], "test accuracy, %")
 
 
 def figure(rows: dict[str, Any], radii: Sequence[float]) -> Figure:

@@ -79,6 +79,11 @@ def table(report: dict[str, Any]) -> str:
     return align(lines)
 
 
+def text_of(content: dict[str, Any]) -> str:
+    """The tables as RESULTS.md has them, from what is in the JSON."""
+    return table(content)
+
+
 def meaning(report: dict[str, Any], sam: str) -> str:
     """Who does worse than SAM, who does better, and whom it did not help at all."""
     groups: dict[str, list[str]] = {"worse": [], "better": [], "not told apart": [], "useless": []}

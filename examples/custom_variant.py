@@ -12,9 +12,11 @@ import optax
 from digits import NUM_TRAIN, Arm
 from digits_recipes import Setting, base_arm, variant_arm
 from reporting import finish, gain_over, verdict
-from train_digits import shared_options, train_and_report
+from train_digits import shared_options, text_of, train_and_report
 
 import optax_sam
+
+__all__ = ["text_of"]  # The table is that of `train_digits.py`.
 
 
 @optax_sam.constructor

@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for setting, row in report["rows"].items()
     )
     report["meaning"] = reporting.conclude(options, words)
-    print(reporting.comparison_table(report["rows"], "test accuracy, %"), report["meaning"], sep="\n\n")
+    print(text_of(report), report["meaning"], sep="\n\n")
     report["curves"] = {
         f"{alpha:g}": {name: v.round(3).tolist() for name, v in named.items()}
         for alpha, named in curves.items()
@@ -181,6 +181,11 @@ def headline(options: argparse.Namespace) -> str:
         f"rounds of {options.steps} local steps;\nrho {options.rho:g}; "
         f"mean ± standard deviation over {options.seeds} paired seeds."
     )
+
+
+def text_of(content: dict[str, Any]) -> str:
+    """The tables as RESULTS.md has them, from what is in the JSON."""
+    return reporting.comparison_table(content["rows"], "test accuracy, %")
 
 
 def figure(curves: dict[float, dict[str, np.ndarray]], digits: dict[str, float]) -> Figure:

@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     report = {"pretraining": reporting.spread(100 * np.asarray(before)), "rows": reporting.compare(values)}
     report["meaning"] = reporting.conclude(options, meaning(report["rows"]))
-    print(headline(options, report), reporting.comparison_table(report["rows"], "test accuracy, %"), sep="\n")
+    print(headline(options, report), text_of(report), sep="\n")
     print(f"\n{report['meaning']}")
     reporting.save(options, "finetune", figure(report["rows"], options), report)
     return report
@@ -258,6 +258,11 @@ def meaning(rows: dict[str, Any]) -> str:
         "unclear": "Not clearly different",
     }
     return "\n".join(f"{title}: {'; '.join(groups[key]) or 'nowhere'}." for key, title in titles.items())
+
+
+def text_of(content: dict[str, Any]) -> str:
+    """The tables as RESULTS.md has them, from what is in the JSON."""
+    return reporting.comparison_table(content["rows"], "test accuracy, %")
 
 
 def figure(rows: dict[str, Any], options: argparse.Namespace) -> Figure:

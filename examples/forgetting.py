@@ -56,10 +56,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         f"task in percent: before, and\nwhere the new one first reaches a level; gain: over AdamW there, "
         f"± half its 95 % interval."
     )
-    for setting, rows in report.items():
-        print("", table(setting, rows), sep="\n")
     words = reporting.conclude(options, meaning(report))
-    print("", words, sep="\n")
+    print("", text_of({"settings": report}), "", words, sep="\n")
     curves = {
         setting: {arm: np.round(path, 2).tolist() for arm, path in arms.items()}
         for setting, arms in paths.items()
@@ -236,6 +234,11 @@ def table(setting: str, rows: dict[str, Any]) -> str:
             cells.append("" if name == "AdamW" or gain is None else reporting.interval(gain))
         lines.append((name, *cells))
     return reporting.align(lines)
+
+
+def text_of(content: dict[str, Any]) -> str:
+    """The tables as RESULTS.md has them, from what is in the JSON."""
+    return "\n\n".join(table(setting, rows) for setting, rows in content["settings"].items())
 
 
 def meaning(report: dict[str, Any]) -> str:

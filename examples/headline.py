@@ -30,7 +30,7 @@ LEVEL = 80
 ARMS = ("AdamW", "tuned decay", "SAM")
 WRONG = ("momentum", "SAM", "tuned L2", "SAM + tuned L2")
 """The arms of `train_digits.py`, in its order."""
-PROGRAMS = {"digits": "train_digits.py", "quantize": "quantize.py", "forgetting": "forgetting.py"}
+PROGRAMS = ("train_digits", "quantize", "forgetting")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if not options.figure.parent.is_dir():
         parser.error(f"argument --figure: there is no folder {str(options.figure.parent)!r}")
 
-    curves = found["digits"]["curves"].values()
+    curves = found["train_digits"]["curves"].values()
     wrong = {name: 100 * np.array(curve["test"]) for name, curve in zip(WRONG, curves, strict=True)}
     rows = found["quantize"]["settings"][SETTING]
     few = {
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def read(parser: argparse.ArgumentParser, path: Path, name: str) -> dict[str, Any]:
     """What a program has written."""
     if not path.is_file():
-        parser.error(f"argument --results: no {path}; run `python examples/{PROGRAMS[name]}` first")
+        parser.error(f"argument --results: no {path}; run `python examples/{name}.py` first")
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -113,6 +113,11 @@ def table(report: dict[str, Any]) -> str:
     return reporting.align(lines)
 
 
+def text_of(content: dict[str, Any]) -> str:
+    """The tables as RESULTS.md has them, from what is in the JSON."""
+    return table(content)
+
+
 def meaning(report: dict[str, Any], first: str, tuned: str) -> str:
     """What came out of it for the first variant, and who did not help."""
     sentences = []

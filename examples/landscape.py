@@ -180,6 +180,11 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
+def text_of(content: dict[str, Any]) -> str:
+    """The tables as RESULTS.md has them, from what is in the JSON."""
+    return table(content["rows"])
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options, checked before anything is trained."""
     parser = argparse.ArgumentParser(

@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     report = training.summarize(curves, "sgd", columns)
     words = reporting.conclude(options, training.verdict(report, "points of test accuracy", ".2f"))
     heading = f"{options.epochs} epochs; mean ± standard deviation over {options.seeds} paired seeds"
-    print(f"\n{heading}:\n{training.table(report, '.2f')}\n\n{words}")
+    print(f"\n{heading}:\n{text_of(report)}\n\n{words}")
     panels = [
         training.Panel("Test set", "test", "accuracy, %"),
         training.Panel("Training set", "loss", "loss", 1.0),
@@ -132,6 +132,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     picture = training.figure(curves, panels, title)
     training.save(options, {"data": source.name, **report, "meaning": words}, curves, picture, "mnist_cnn")
     return report
+
+
+def text_of(content: dict[str, Any]) -> str:
+    """The tables as RESULTS.md has them, from what is in the JSON."""
+    return training.table(content, ".2f")
 
 
 def make_parser() -> argparse.ArgumentParser:

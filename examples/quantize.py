@@ -92,10 +92,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         f"Test accuracy in percent after training on {options.train_size} images for {options.epochs} epochs;"
         f"\nmean over {options.seeds} paired seeds. Gain: over AdamW, in 2 bits, ± half its 95 % interval."
     )
-    for setting, rows in report.items():
-        print("", table(setting, rows), sep="\n")
     words = reporting.conclude(options, meaning(report))
-    print("", words, sep="\n")
+    print("", text_of({"settings": report}), "", words, sep="\n")
     reporting.save(options, "quantize", figure(accuracies, options), {"settings": report, "meaning": words})
     return report
 
@@ -282,6 +280,11 @@ def table(setting: str, rows: dict[str, Any]) -> str:
         gain = "" if name == "AdamW" else reporting.interval(row["gain"]["2 bits"])
         lines.append((name, f"{ARMS[name].gradients:g}", *means, gain))
     return reporting.align(lines)
+
+
+def text_of(content: dict[str, Any]) -> str:
+    """The tables as RESULTS.md has them, from what is in the JSON."""
+    return "\n\n".join(table(setting, rows) for setting, rows in content["settings"].items())
 
 
 def meaning(report: dict[str, Any]) -> str:

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return train_and_report(
         [base, variant, tuned, both],
         options,
-        "digits",
+        "train_digits",
         lambda report: meaning(report, variant.name, tuned.name, both.name),
     )
 
@@ -108,7 +108,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=number(float, 0),
         help=f"the radius (of extragradient, the step size); defaults, a third of it for the CNN: {radii}",
     )
-    shared_options(parser, output="results/digits", seeds=5)
+    shared_options(parser, output="results/train_digits", seeds=5)
     options = reporting.finish(parser, argv)
     if not RECIPES[options.variant].suits(options.base_optimizer):
         others = ", ".join(base for base in BASES if RECIPES[options.variant].suits(base))
@@ -183,6 +183,11 @@ def table(report: dict[str, Any]) -> str:
             )
         )
     return align(lines)
+
+
+def text_of(content: dict[str, Any]) -> str:
+    """The tables as RESULTS.md has them, from what is in the JSON."""
+    return table(content)
 
 
 def meaning(report: dict[str, Any], variant: str, tuned: str, both: str | None = None) -> str:

@@ -71,12 +71,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     forgotten = {name: np.array(rows) for name, rows in paths.items()}
     report = summarize(rounded, forgotten)
     words = reporting.conclude(options, meaning(report))
-    print(
-        f"Bits per byte of text held out, less is better; mean ± standard deviation over {options.seeds} "
-        f"paired seeds.\n\n{reporting.comparison_table(report, '', '.3f')}\n\n{words}"
-    )
     curves = {name: np.round(path, 4).tolist() for name, path in forgotten.items()}
     content = {"report": report, "meaning": words, "paths": curves}
+    print(
+        f"Bits per byte of text held out, less is better; mean ± standard deviation over {options.seeds} "
+        f"paired seeds.\n\n{text_of(content)}\n\n{words}"
+    )
     reporting.save(options, "transformer_after", figure(rounded, forgotten, options), content)
     return report
 
@@ -114,6 +114,11 @@ def meaning(report: dict[str, Any]) -> str:
         f"{title}: {reporting.verdict('sam', 'adamw', row['sam']['gain'], 'bits per byte', '.3f')}."
         for title, row in report.items()
     )
+
+
+def text_of(content: dict[str, Any]) -> str:
+    """The tables as RESULTS.md has them, from what is in the JSON."""
+    return reporting.comparison_table(content["report"], "", ".3f")
 
 
 def figure(

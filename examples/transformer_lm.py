@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     report = training.summarize(curves, options.arms[0], columns, lower_is_better=True)
     words = reporting.conclude(options, training.verdict(report, "bits per byte", ".3f"))
     heading = f"{options.epochs} epochs; mean ± standard deviation over {options.seeds} seeds; less is better"
-    print(f"\n{heading}:\n{training.table(report, '.3f')}\n\n{words}")
+    print(f"\n{heading}:\n{text_of(report)}\n\n{words}")
     for trainer in trainers:
         written = sample(trainer.model, options.prompt, options.sample, options.context, 0, 0.7)
         print(f"\n{trainer.name} writes:\n{written}")
@@ -246,6 +246,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     picture = training.figure(curves, panels, title)
     training.save(options, {"from": name, **report, "meaning": words}, curves, picture, "transformer_lm")
     return report
+
+
+def text_of(content: dict[str, Any]) -> str:
+    """The tables as RESULTS.md has them, from what is in the JSON."""
+    return training.table(content, ".3f")
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -150,8 +150,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         f"mean ± standard deviation over {options.seeds} paired seeds.\n"
     )
     words = reporting.conclude(options, meaning(report))
-    print(reporting.comparison_table(report, "network"), words, sep="\n\n")
     content = {"networks": report, "radii": RADII, "meaning": words}
+    print(text_of(content), words, sep="\n\n")
     reporting.save(options, "vit_small_data", figure(values, options), content)
     return report
 
@@ -173,6 +173,11 @@ def meaning(report: dict[str, Any]) -> str:
         f"{name}: {reporting.verdict('SAM', 'AdamW', row['with SAM']['gain'], 'points')}."
         for name, row in report.items()
     )
+
+
+def text_of(content: dict[str, Any]) -> str:
+    """The tables as RESULTS.md has them, from what is in the JSON."""
+    return reporting.comparison_table(content["networks"], "network")
 
 
 def figure(values: dict[str, dict[str, np.ndarray]], options: argparse.Namespace) -> Figure:

@@ -40,9 +40,9 @@ def test_quick_run_as_a_user_starts_it(tmp_path):
     assert "does better" not in done.stdout
     assert not done.stderr  # No bar, where nobody watches.
     out = tmp_path / "out" / "quick"
-    assert (out / "digits.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "train_digits.png").read_bytes().startswith(b"\x89PNG")
 
-    report = json.loads((out / "digits.json").read_text(encoding="utf-8"))
+    report = json.loads((out / "train_digits.json").read_text(encoding="utf-8"))
     assert report["options"]["seeds"] == 2
     assert report["versions"]["optax_sam"] == optax_sam.__version__
     assert list(report["arms"]) == list(report["curves"])
@@ -322,7 +322,7 @@ def test_claim_sam_resists_wrong_labels(tmp_path):
     done = quick.program("examples/train_digits.py", *options, XLA_FLAGS="")
     assert done.returncode == 0, done.stderr
     assert "\nWith the recipe otherwise unchanged, sam, rho 0.7 does better than momentum: " in done.stdout
-    report = json.loads((tmp_path / "digits.json").read_text(encoding="utf-8"))
+    report = json.loads((tmp_path / "train_digits.json").read_text(encoding="utf-8"))
     gain = report["arms"]["sam, rho 0.7"]["gain_final"]
     assert gain["mean"] >= 12
     assert gain["worst"] > 5

@@ -236,7 +236,7 @@ def test_the_headline_draws_what_was_measured(tmp_path, capsys):
     rising = np.linspace(-0.2, 0, 10)
     _write(
         tmp_path,
-        "digits",
+        "train_digits",
         {"curves": {name: {"test": [(rising + y).tolist()] * 2} for name, y in curves.items()}},
     )
     few = np.array([[97.0, 97, 97, 96, 70, 90], [97.0, 97, 97, 96, 72, 90]])
