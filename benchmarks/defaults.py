@@ -131,7 +131,7 @@ class Case(NamedTuple):
       settings: Its arguments, by name.
       fixed: Arguments that decide what is compiled.
       kind: What the constructor takes first: nothing, "base" for a base optimizer, "base and rate" for its
-        learning rate too, "rate" for a learning rate alone and the number of examples.
+        learning rate too, "rate" for that alone, "rate and examples" for the number of examples too.
       none: What an argument is whose default is None.
     """
 
@@ -143,7 +143,13 @@ class Case(NamedTuple):
 
     def make(self, base: optax.GradientTransformation, rate: Any, settings: Mapping[str, Any]) -> Any:
         """The variant."""
-        first = {"": (), "base": (base,), "base and rate": (base, rate), "rate": (rate, digits.NUM_TRAIN)}
+        first = {
+            "": (),
+            "base": (base,),
+            "base and rate": (base, rate),
+            "rate": (rate,),
+            "rate and examples": (rate, digits.NUM_TRAIN),
+        }
         return self.constructor(*first[self.kind], **self.fixed, **settings)
 
     def default(self) -> dict[str, float]:
@@ -156,7 +162,9 @@ class Case(NamedTuple):
 def warmed_up(settings: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """The settings with a radius that grows linearly from 0 over so many steps."""
     return {
-        name: partial(_grow, value, steps) if steps and name in ("rho", "step_size") else value
+        name: partial(_grow, value, steps)
+        if steps and name in ("rho", "step_size", "scale", "loss_rise")
+        else value
         for name, value in settings.items()
     }
 
@@ -210,19 +218,33 @@ CASES = {
     "decoupled_wsam": Case(
         optax_sam.decoupled_wsam, DECOUPLED_WSAM, kind="base and rate", none={"gamma": 0.8}
     ),
+    "gnp": Case(optax_sam.gnp, radii(0.025, 0.1, 0.4, alpha=0.8)),
+    "unified_sam": Case(optax_sam.unified_sam, radii(0.0125, 0.05, 0.2, mix=0.5)),
+    "le_sam": Case(optax_sam.le_sam, radii(0.0125, 0.05, 0.2, name="loss_rise", rho_max=0.1)),
+    "stable_sam": Case(optax_sam.stable_sam, USUAL),
+    "xsam": Case(optax_sam.xsam, radii(0.0125, 0.05, 0.2, alpha=1.5)),
+    "functional_sam": Case(optax_sam.functional_sam, USUAL),
+    "preconditioned_sam": Case(optax_sam.preconditioned_sam, radii(0.0125, 0.05, 0.2, power=0.5)),
+    "cr_sam": Case(optax_sam.cr_sam, radii(0.0125, 0.05, 0.2, gamma=0.1, beta=0.01)),
+    "eigen_sam": Case(optax_sam.eigen_sam, radii(0.0125, 0.05, 0.2, alpha=0.2)),
+    "sampa": Case(optax_sam.sampa, radii(0.025, 0.1, 0.4, mix=0.2), kind="rate"),
+    "sam_sps": Case(optax_sam.sam_sps, radii(0.025, 0.1, 0.4)),
     "looksam": Case(optax_sam.looksam, LOOKSAM),
     "async_sam": Case(optax_sam.async_sam, USUAL),
     "async_sam, perturbed": Case(optax_sam.async_sam, USUAL, {"reuse": "perturbed"}),
+    "ae_sam": Case(optax_sam.ae_sam, radii(0.0125, 0.05, 0.2, threshold=0.0)),
+    "weight_noise": Case(optax_sam.weight_noise, radii(0.0025, 0.01, 0.04, name="scale")),
     "friendly_sam": Case(optax_sam.friendly_sam, USUAL),
     "vasso": Case(optax_sam.vasso, USUAL),
     "msam": Case(optax_sam.msam, radii(0.075, 0.3, 1.2), kind="base"),
+    "shifted_msam": Case(optax_sam.shifted_msam, radii(0.075, 0.3, 1.2), kind="base"),
     "same": Case(optax_sam.same, radii(0.05)),  # Its default gains are those of SAM.
     "custom_same": Case(optax_sam.custom_same, CUSTOM_SAME),
     "saner": Case(optax_sam.saner, USUAL),
     "hessian_sam": Case(optax_sam.hessian_sam, USUAL),
     "extragradient": Case(optax_sam.extragradient, LOOK_AHEAD),
     "extragradient, sum": Case(optax_sam.extragradient, LOOK_AHEAD, {"weights": (1.0, 1.0)}),
-    "bsam": Case(optax_sam.bsam, radii(0.0, 0.0125, 0.05, 0.2), kind="rate"),
+    "bsam": Case(optax_sam.bsam, radii(0.0, 0.0125, 0.05, 0.2), kind="rate and examples"),
 }
 
 
@@ -262,11 +284,11 @@ class Trainer:
         logits = self.recipe.network.apply(variables, self.data.test_images[labels, seed], train=False)
         return 100 * jnp.mean(jnp.argmax(logits, axis=-1) == self.data.test_labels[labels, seed])
 
-    def _loss(self, params: Any, stats: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
+    def _outputs(self, params: Any, inputs: tuple[Any, jax.Array]) -> tuple[jax.Array, Any]:
+        stats, images = inputs
         variables = {"params": params, "batch_stats": stats}
         logits, new = self.recipe.network.apply(variables, images, train=True, mutable=["batch_stats"])
-        entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return jnp.mean(entropy), new.get("batch_stats", {})
+        return logits, new.get("batch_stats", {})
 
     def train(self, case: Case | None, runs: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
         """Trains all runs, each of which has a `rate`, `labels`, a `seed` and the variant's `settings`.
@@ -286,22 +308,28 @@ class Trainer:
             # Plain training is SAM in a ball without extent.
             settings = warmed_up(run["settings"], self.warm_up)
             variant = optax_sam.sam(0.0) if case is None else case.make(base, run["rate"], settings)
-            tx = variant if case is not None and case.kind else optax.chain(variant, base)
-            value_and_grad = optax_sam.sam_value_and_grad(
-                self._loss, variant, has_aux=True, return_metrics=True
-            )
+            takes_pairs = isinstance(variant, optax_sam.SharpnessAwareTransformation)
+            if takes_pairs:
+                tx = variant if variant.is_optimizer else optax.chain(variant, base)
+            else:  # `shifted_msam` takes plain gradients.
+                plain = optax_sam.sam(0.0)
+                variant, tx = plain, optax.chain(plain, variant)
+            # In two parts, for `functional_sam`; all others take it as it is.
+            loss = optax_sam.CompositeLoss(self._outputs, digits.cross_entropy, has_aux=True)
+            value_and_grad = optax_sam.sam_value_and_grad(loss, variant, has_aux=True, return_metrics=True)
 
             def step(carry: Any, rows: jax.Array) -> tuple[Any, Any]:
                 params, stats, state = carry
-                (_, stats), grads, metrics = value_and_grad(
-                    params, stats, images[rows], labels[rows], state=state
-                )
+                inputs = stats, images[rows]
+                (_, stats), grads, metrics = value_and_grad(params, inputs, labels[rows], state=state)
                 updates, state = tx.update(grads, state, params)
                 return (optax.apply_updates(params, updates), stats, state), metrics
 
             params, stats = variables["params"], variables.get("batch_stats", {})
             carry = params, stats, tx.init(params)
-            (params, stats, _), metrics = jax.lax.scan(step, carry, orders[run["seed"]])
+            (params, stats, state), metrics = jax.lax.scan(step, carry, orders[run["seed"]])
+            if not takes_pairs:
+                params = optax_sam.msam_eval_params(state, params)
             last = jax.tree.map(lambda x: jnp.nanmean(x[-self.last :]), metrics)
             variables = {"params": params, "batch_stats": stats} if stats else {"params": params}
             return variables, last

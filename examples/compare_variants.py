@@ -1,9 +1,12 @@
 """All variants on the digits with wrong labels: one table, one figure.
 
     python examples/compare_variants.py
+    python examples/compare_variants.py --variants gnp xsam
+    python examples/compare_variants.py --tune
 
 Every variant has its base optimizer and a radius that was chosen for this data, on other seeds, from a
 few values. So this shows that the variants work and what they cost; it is no ranking of the methods.
+With `--tune` it trains each variant on the seeds 0 to 4, with its radius and with 0.7 and 1.4 times that.
 """
 
 import argparse
@@ -12,13 +15,14 @@ from typing import Any
 
 import numpy as np
 import reporting
-from digits import NUM_TRAIN
+from digits import NUM_TRAIN, load, stack, train_at_once
 from digits_recipes import RECIPES, Setting, base_arm, tuned_l2_arm, variant_arm
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from reporting import align, show
 from train_digits import default_rho, headline, lines_of, run, shared_options, summarize
 
+TUNING_SEEDS = range(5)
 CAVEAT = (
     "Radii were chosen for 40 % noise, from a few values on other seeds; a point more or less says nothing.\n"
     "On a network this small, arithmetic on the params takes as long as gradients do: see both cost columns."
@@ -31,6 +35,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     shared_options(parser, output="results/compare_variants", seeds=3)
+    parser.add_argument(
+        "--variants",
+        choices=RECIPES,
+        nargs="+",
+        default=list(RECIPES),
+        metavar="NAME",
+        help=f"some of {', '.join(RECIPES)} (default: all)",
+    )
+    parser.add_argument("--tune", action="store_true", help="try three radii on the seeds 0 to 4 instead")
     options = reporting.finish(parser, argv)
     setting = Setting(
         options.base_optimizer,
@@ -38,13 +51,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         options.weight_decay,
         options.epochs * (NUM_TRAIN // options.batch_size),
     )
+    # All are compared with SAM.
+    asked = {name: recipe for name, recipe in RECIPES.items() if name in ("sam", *options.variants)}
+    recipes = {name: recipe for name, recipe in asked.items() if recipe.suits(options.base_optimizer)}
+    if options.tune:
+        return tune(list(recipes), setting, options)
     base, tuned = base_arm(setting), tuned_l2_arm(setting.steps)
-    recipes = {name: recipe for name, recipe in RECIPES.items() if recipe.suits(options.base_optimizer)}
     variants = [variant_arm(name, default_rho(name, options.model), setting) for name in recipes]
     costs = [recipe.cost for recipe in recipes.values()]
 
     print(headline(options))
-    if left_out := ", ".join(name for name in RECIPES if name not in recipes):
+    if left_out := ", ".join(name for name in asked if name not in recipes):
         print(f"Left out: {left_out}, which needs a base optimizer with momentum.")
     curves = run([base, *variants, tuned], options)
     report = summarize(curves, base.name)
@@ -55,6 +72,32 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     content = {**report, "meaning": sentences, "curves": lines_of(curves)}
     reporting.save(options, "compare_variants", figure(report, sam=variants[0].name), content)
     return report
+
+
+def tune(
+    names: Sequence[str], setting: Setting, options: argparse.Namespace
+) -> dict[str, dict[float, float]]:
+    """Prints and returns the final accuracy of every variant with three radii, in percent."""
+    data = stack(load(seed, options.label_noise) for seed in TUNING_SEEDS)
+    found: dict[str, dict[float, float]] = {}
+    for name in names:
+        rho = default_rho(name, options.model)
+        if rho is None:
+            continue
+        found[name] = {}
+        for radius in (float(f"{factor * rho:.2g}") for factor in (0.7, 1.0, 1.4)):
+            _, curves = train_at_once(
+                variant_arm(name, radius, setting),
+                TUNING_SEEDS,
+                data,
+                model=options.model,
+                epochs=options.epochs,
+                batch_size=options.batch_size,
+            )
+            found[name][radius] = 100 * float(curves.test[:, -1].mean())
+        words = ", ".join(f"{radius:g}: {accuracy:.1f}" for radius, accuracy in found[name].items())
+        print(f"{name}, {RECIPES[name].radius} {words}", flush=True)
+    return found
 
 
 def table(report: dict[str, Any]) -> str:

@@ -82,6 +82,20 @@ def test_comparison_leaves_out_what_needs_momentum(tmp_path, capsys, monkeypatch
     assert "Left out: msam, which needs a base optimizer with momentum.\n" in capsys.readouterr().out
 
 
+@pytest.mark.full
+def test_comparison_tries_radii_on_other_seeds(capsys, tmp_path):
+    options = ["--tune", "--variants", "gnp", "--epochs", "2", "--batch-size", "100"]
+    found = compare_variants.main([*options, "--output", str(tmp_path)])
+    assert {name: list(radii) for name, radii in found.items()} == {
+        "sam": [0.49, 0.7, 0.98],
+        "gnp": [0.7, 1.0, 1.4],
+    }
+    arm = _arm("gnp")  # With its radius, 1, and as many steps.
+    (curve,) = digits.train([arm], range(5), epochs=2, batch_size=100, progress=False).values()
+    assert found["gnp"][1.0] == pytest.approx(100 * curve.test[:, -1].mean(), abs=0.1)
+    assert f"gnp, rho 0.7: {found['gnp'][0.7]:.1f}, 1: {found['gnp'][1.0]:.1f}, " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", tiers.later(digits_recipes.RECIPES, ["sam", "looksam", "hessian_sam"]))
 def test_gradient_evaluations_are_as_the_table_says(name, monkeypatch):
     calls = []
