@@ -185,7 +185,7 @@ def text_of(content: dict[str, Any]) -> str:
 def figure(rows: dict[str, Any], radii: Sequence[float]) -> Figure:
     """Gains over the first arm against eps, a panel for each attack."""
     base, *others = rows["clean"]
-    picture = Figure(figsize=(11, 3.9), layout="constrained")
+    picture = Figure(figsize=(10, 3.9), layout="constrained")
     shades = (reporting.RED, reporting.BLUE, reporting.GOLD, reporting.GREEN)
     for axes, attack in zip(picture.subplots(1, 2, sharey=True), ("FGSM", "PGD"), strict=True):
         settings = ["clean", *(f"{attack}, eps {eps:g}" for eps in radii[1:])]
@@ -200,12 +200,15 @@ def figure(rows: dict[str, Any], radii: Sequence[float]) -> Figure:
         reached = [rows[setting][base]["mean"] for setting in settings]
         names = [f"{eps:g}\n{accuracy:.0f} %" for eps, accuracy in zip(radii, reached, strict=True)]
         axes.set_xticks(range(len(radii)), names)
-        reporting.label_ends(axes, ends)
+    reporting.label_ends(axes, ends)
     picture.axes[0].set_ylabel(f"accuracy above {base}, points")
     seeds = len(rows["clean"][base]["values"])
-    picture.suptitle(
-        f"Attacked images: what each adds to {base} (mean over {seeds} paired seeds, bars: 95 % interval)",
-        fontsize=11,
+    attacked = [row for setting, row in rows.items() if setting != "clean"]
+    means = [np.mean([row[name]["mean"] for row in attacked]) for name in (base, others[0])]
+    reporting.head(
+        picture,
+        f"Accuracy on attacked images: {base} {means[0]:.0f} %, {others[0]} {means[1]:.0f} %",
+        f"Title: mean over all attacks. Below: mean of {seeds} paired differences, bars: its 95 % interval.",
     )
     return picture
 

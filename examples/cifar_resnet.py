@@ -377,7 +377,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         training.Panel("Training images, as they are", "train", "accuracy, %"),
     ]
     data = options.dataset if options.data else "Generated shapes"
-    title = f"{data}, residual network: mean and range over {options.seeds} paired seeds"
+    title = f"{data}, a residual network, test accuracy in percent: {training.finding(report)}"
     picture = training.figure(shown, panels, title)
     training.save(options, {"from": source.name, **report, "meaning": words}, shown, picture, "cifar_resnet")
     return report

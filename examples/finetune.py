@@ -267,24 +267,40 @@ def text_of(content: dict[str, Any]) -> str:
 
 def figure(rows: dict[str, Any], options: argparse.Namespace) -> Figure:
     """The paired gain by the number of labels; a panel for each choice of layers."""
-    picture = Figure(figsize=(3.6 * len(TRAINED), 3.6), layout="constrained")
+    picture = Figure(figsize=(3.1 * len(TRAINED), 3.7), layout="constrained")
     panels = picture.subplots(1, len(TRAINED), sharey=True, squeeze=False)[0]
+    colours = dict(zip(options.bases, (reporting.RED, reporting.GOLD), strict=False))
     for name, axes in zip(TRAINED, panels, strict=True):
-        for base, colour, shift in zip(options.bases, (reporting.RED, reporting.GOLD), (-1, 1), strict=False):
-            settings = [rows[f"{name}, {base}, {labels}"] for labels in options.labels]
-            gains = np.array([row["with SAM"]["gain"]["values"] for row in settings]).T
-            places = np.arange(len(options.labels)) + 0.06 * shift
-            reporting.line_with_interval(axes, places, gains, colour, line="")
-            axes.plot([], [], "o", color=colour, label=f"SAM before {base}")
+        for base, shift in zip(options.bases, (-0.12, 0.12), strict=False):
+            for i, labels in enumerate(options.labels):
+                gain = rows[f"{name}, {base}, {labels}"]["with SAM"]["gain"]
+                half = float(reporting.half_width(np.array(gain["values"])))
+                axes.errorbar(
+                    i + shift,
+                    gain["mean"],
+                    None if np.isnan(half) else half,
+                    fmt="o",
+                    color=colours[base],
+                    markerfacecolor="white" if reporting.judge(gain) == "unclear" else colours[base],
+                    capsize=3,
+                )
         axes.axhline(0.0, color=reporting.GREY, linewidth=1)
         reporting.style(axes, title=f"trained: {name}", xlabel="labels of each class")
         axes.set_xticks(range(len(options.labels)), options.labels)
         axes.set_xlim(-0.5, len(options.labels) - 0.5)
+    for base, y in zip(options.bases, (0.97, 0.9), strict=False):
+        words = f"SAM before {base}"
+        panels[-1].text(
+            0.98, y, words, color=colours[base], ha="right", va="top", transform=panels[-1].transAxes
+        )
     panels[0].set_ylabel("gain of SAM, points of test accuracy")
-    panels[-1].legend(frameon=False, loc="best")
-    picture.suptitle(
-        f"Fine-tuning with few labels: mean over {options.seeds} paired seeds, bars: 95 % interval",
-        fontsize=11,
+    judged = [reporting.judge(row["with SAM"]["gain"]) for row in rows.values()]
+    reporting.head(
+        picture,
+        f"Fine-tuning with few labels: SAM is clearly better in {judged.count('better')} of {len(judged)} "
+        f"cases, worse in {judged.count('worse')}",
+        f"Mean over {options.seeds} paired seeds, bars: its 95 % interval. "
+        "Filled: clear by a paired t-test at 5 %; open: not.",
     )
     return picture
 

@@ -274,10 +274,11 @@ def figure(paths: dict[str, dict[str, np.ndarray]], options: argparse.Namespace)
     for axes, (setting, arms) in zip(grid.flat, paths.items(), strict=True):
         data, model, task = setting.split(", ")
         draw(axes, arms)
-        axes.set(title=f"{quantize.TITLES[data]}, {quantize.TITLES[model]}: {task}")
-    picture.suptitle(
-        "What is left of the old task when a network learns a new one\n"
-        f"mean over {options.seeds} paired seeds; bars: 95 % interval of the mean"
+        axes.set_title(f"{quantize.TITLES[data]}, {quantize.TITLES[model]}: {task}", loc="left", fontsize=11)
+    reporting.head(
+        picture,
+        "What is left of the old task when a network learns a new one",
+        f"Mean over {options.seeds} paired seeds; bars: its 95 % interval.",
     )
     return picture
 

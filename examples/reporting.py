@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -224,16 +225,23 @@ def align(lines: Sequence[Sequence[str]]) -> str:
 # Figures and files.
 
 
-def style(axes: "Axes", **settings: Any) -> None:
-    """The look of all figures."""
+def style(axes: "Axes", title: str = "", **settings: Any) -> None:
+    """The look of all panels."""
     axes.set(**settings)
+    axes.set_title(title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
 
 
-def band(axes: "Axes", x: Any, values: np.ndarray, colour: str, label: str, line: str = "-") -> None:
+def head(picture: "Figure", finding: str, note: str) -> None:
+    """What a figure shows, above it; below it what its marks mean: over how many seeds, which interval."""
+    picture.suptitle(finding, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    picture.supxlabel(note, x=0.01, ha="left", fontsize=9, color="#555555")
+
+
+def band(axes: "Axes", x: Any, values: np.ndarray, colour: str) -> None:
     """A curve: the mean over the seeds, and the range as a band; the shape of values is (seeds, len(x))."""
-    axes.plot(x, values.mean(axis=0), line, color=colour, label=label, linewidth=2, markersize=4)
+    axes.plot(x, values.mean(axis=0), color=colour, linewidth=2)
     axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0)
 
 
@@ -297,5 +305,8 @@ def save(options: argparse.Namespace, name: str, picture: "Figure", content: Map
     }
     everything = {"options": settings, "versions": versions, **content}
     picture.savefig(options.output / f"{name}.png", dpi=200)
-    (options.output / f"{name}.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(everything, indent=1)
+    # A list of numbers on one line.
+    text = re.sub(r"\[[-+.,\w\s]+\]", lambda numbers: " ".join(numbers[0].split()), text)
+    (options.output / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     print(f"\nWritten: {options.output / name}.png and {name}.json")

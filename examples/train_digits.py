@@ -209,21 +209,26 @@ def meaning(report: dict[str, Any], variant: str, tuned: str, both: str | None =
 
 def figure(curves: dict[str, Curves], options: argparse.Namespace) -> Figure:
     """Learning curves: what the network knows, and what it memorised."""
-    picture = Figure(figsize=(11.5, 4.2), layout="constrained")
-    left, right = picture.subplots(1, 2)
-    epochs, ends = np.arange(1, options.epochs + 1), {}
+    picture = Figure(figsize=(10, 4), layout="constrained")
+    panels = picture.subplots(1, 2)
+    epochs = np.arange(1, options.epochs + 1)
     colours = (reporting.GREY, reporting.RED, reporting.BLUE, reporting.GOLD)
-    for (name, curve), colour in zip(curves.items(), colours, strict=False):
-        for axes, values in ((left, 100 * curve.test), (right, 100 * curve.memorised)):
-            reporting.band(axes, epochs, values, colour, name)
-        ends[name] = epochs[-1], 100 * curve.test[:, -1].mean(), colour
-    left.set(title="Accuracy on clean test images", ylabel="test accuracy, % (axis cut)")
-    right.set(title="Wrong training labels memorised", ylabel="share of the wrong labels, %", ylim=(-2, 102))
-    for axes in (left, right):
+    for axes, metric in zip(panels, ("test", "memorised"), strict=True):
+        ends = {}
+        for (name, curve), colour in zip(curves.items(), colours, strict=False):
+            values = 100 * getattr(curve, metric)
+            reporting.band(axes, epochs, values, colour)
+            ends[name] = epochs[-1], values[:, -1].mean(), colour
         reporting.style(axes, xlabel="epoch", xlim=(1, max(2, options.epochs)))
-    reporting.label_ends(left, ends)
-    picture.suptitle(
-        f"Digits, {options.label_noise:.0%} wrong labels: mean and range over {options.seeds} paired seeds"
+        if metric == "test":
+            reporting.label_ends(axes, ends)
+    panels[0].set_ylabel("accuracy on clean test images, % (axis cut)")
+    panels[1].set_ylabel("wrong labels memorised, %")
+    finals = [f"{name} {100 * curve.test[:, -1].mean():.0f} %" for name, curve in curves.items()]
+    reporting.head(
+        picture,
+        f"{options.label_noise:.0%} wrong labels: {', '.join(finals[:2])}",
+        f"Digits, {options.model}. Mean over {options.seeds} paired seeds; bands: the range of the seeds.",
     )
     return picture
 

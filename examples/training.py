@@ -14,10 +14,10 @@ import jax
 import numpy as np
 import reporting
 from matplotlib.figure import Figure
-from reporting import BLUE, GREY, RED, align, gain_over, make_folder, number, show, spread, style
+from reporting import align, gain_over, make_folder, number, show, spread, style
 from tqdm import tqdm
 
-COLOURS = (GREY, RED, BLUE, "#2e8b57", "#b8860b", "#6a3d9a")
+COLOURS = tuple(getattr(reporting, name) for name in ("GREY", "RED", "BLUE", "GREEN", "GOLD", "VIOLET"))
 Curves = dict[str, dict[str, np.ndarray]]
 """Of each arm, by its name: of each metric, its values after every epoch. shape=(seeds, epochs)"""
 
@@ -261,26 +261,33 @@ class Panel(NamedTuple):
     scale: float = 100.0
 
 
-def figure(curves: Curves, panels: Sequence[Panel], title: str) -> Figure:
+def figure(curves: Curves, panels: Sequence[Panel], finding: str) -> Figure:
     """Learning curves: the mean over the seeds, and the range as a band."""
-    picture = Figure(figsize=(4.8 * len(panels), 3.9), layout="constrained")
-    grid = picture.subplots(1, len(panels), squeeze=False)[0]
-    for axes, panel in zip(grid, panels, strict=True):
-        late = []
+    picture = Figure(figsize=(5 * len(panels), 3.9), layout="constrained")
+    for axes, panel in zip(picture.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        late, ends = [], {}
         for colour, (name, curve) in zip(itertools.cycle(COLOURS), curves.items(), strict=False):
             values = panel.scale * curve[panel.metric]
             epochs = np.arange(1, values.shape[1] + 1)
             late.append(values[:, len(epochs) // 6 :])
-            reporting.band(axes, epochs, values, colour, name)
+            reporting.band(axes, epochs, values, colour)
+            ends[name] = epochs[-1], values[:, -1].mean(), colour
         # The beginning is steep and tells nobody apart: it may leave the picture.
         low, high = np.min(late), np.max(late)
         margin = 0.05 * (high - low) or 1.0
-        limits = low - margin, high + margin
-        style(axes, title=panel.title, xlabel="epoch", ylabel=panel.label, ylim=limits)
+        limits, label = (low - margin, high + margin), f"{panel.label} (axis cut)"
+        style(axes, title=panel.title, xlabel="epoch", ylabel=label, ylim=limits)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    grid[0].legend(frameon=False)
-    picture.suptitle(title)
+        reporting.label_ends(axes, ends)
+    seeds = len(next(iter(curves.values()))[panels[0].metric])
+    reporting.head(picture, finding, f"Mean over {seeds} paired seeds; bands: the range of the seeds.")
     return picture
+
+
+def finding(report: dict[str, Any], form: str = ".1f") -> str:
+    """What all arms reach in the first column of the table."""
+    title = report["columns"][0]
+    return ", ".join(f"{name} {row[title]['mean']:{form}}" for name, row in report["arms"].items())
 
 
 def save(

@@ -242,7 +242,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         training.Panel("Text held out", "test", "bits per byte", 1.0),
         training.Panel("Training, with dropout", "train", "bits per byte", 1.0),
     ]
-    title = f"A small transformer: mean and range over {options.seeds} paired seeds"
+    title = (
+        f"A text read {options.epochs} times, bits per byte on other text: {training.finding(report, '.2f')}"
+    )
     picture = training.figure(curves, panels, title)
     training.save(options, {"from": name, **report, "meaning": words}, curves, picture, "transformer_lm")
     return report

@@ -196,9 +196,16 @@ def figure(values: dict[str, dict[str, np.ndarray]], options: argparse.Namespace
     right.axvline(0, color=GREY, linewidth=1)
     heights = {"yticks": range(len(values)), "yticklabels": [name.replace(", ", "\n") for name in values]}
     limits = {"ylim": (-0.6, len(values) - 0.4)}
-    reporting.style(left, xlabel="test accuracy, % (axis cut; bars: 95 % interval)", **heights, **limits)
-    reporting.style(right, xlabel="gain by SAM, points; a dot a seed", **limits)
-    picture.suptitle(f"{options.train_size} images of MNIST, labels right: what SAM adds to AdamW")
+    reporting.style(left, xlabel="test accuracy, % (axis cut)", **heights, **limits)
+    reporting.style(right, xlabel="gain of SAM, points", **limits)
+    gains = ", ".join(
+        f"{name.split(',')[0]} {(x['with SAM'] - x['AdamW']).mean():+.1f}" for name, x in values.items()
+    )
+    reporting.head(
+        picture,
+        f"{options.train_size} images of MNIST, gain of SAM in points: {gains}",
+        f"{options.seeds} paired seeds. Left: the mean, bars: its 95 % interval. Right: a dot is a seed.",
+    )
     return picture
 
 
