@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LEFT_OUT = ("curves", "paths", "sam_metrics_per_epoch")
+LEFT_OUT = ("curves", "paths")
 
 
 def keep(path: Path) -> Path:
@@ -20,9 +20,8 @@ def keep(path: Path) -> Path:
     (program,) = [*ROOT.glob(f"examples/{path.stem}.py"), *ROOT.glob(f"benchmarks/{path.stem}.py")]
     content = json.loads(path.read_text(encoding="utf-8"))
     content = {key: value for key, value in content.items() if key not in LEFT_OUT}
-    for options in (content.get("options"), content.get("arguments")):
-        if options:
-            del options["output"]
+    if "options" in content:
+        del content["options"]["output"]
     text = json.dumps(content, indent=1)
     text = re.sub(r"\[\s+[^][{}]+\]", lambda found: " ".join(found[0].split()), text)
     kept = program.parent / "results" / path.name

@@ -207,7 +207,7 @@ def figure(rows: dict[str, Any], radii: Sequence[float]) -> Figure:
     means = [np.mean([row[name]["mean"] for row in attacked]) for name in (base, others[0])]
     reporting.head(
         picture,
-        f"Accuracy on attacked images: {base} {means[0]:.0f} %, {others[0]} {means[1]:.0f} %",
+        f"Accuracy on attacked images: {means[0]:.0f} % by {base}, {means[1]:.0f} % by {others[0]}",
         f"Title: mean over all attacks. Below: mean of {seeds} paired differences, bars: its 95 % interval.",
     )
     return picture

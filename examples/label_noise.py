@@ -185,7 +185,7 @@ def figure(report: dict[str, Any], first: str, tuned: str) -> Figure:
     seeds = len(gains[first][0]["values"])
     reporting.head(
         picture,
-        f"{', '.join(levels)} % wrong labels: {first}: {much} points",
+        f"{', '.join(levels)} % wrong labels: {much} points by {first}",
         f"Gain over {base}, points of final test accuracy; mean over {seeds} paired seeds.\n"
         "In brackets: not clear by a paired t-test at 5 %. Colour: part of the column's largest gain.",
     )

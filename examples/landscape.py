@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         f"Scikit-learn's digits; mlp, {options.epochs} epochs, SAM with rho {options.rho:g}; "
         f"mean ± standard deviation over {options.seeds} paired seeds."
     )
-    print(table(rows), words, sep="\n\n")
+    print(text_of({"rows": rows}), words, sep="\n\n")
     reporting.save(options, "landscape", picture, {"rows": rows, "meaning": words})
     return rows
 

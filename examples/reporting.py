@@ -4,7 +4,6 @@ import argparse
 import json
 import math
 import platform
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -305,8 +304,5 @@ def save(options: argparse.Namespace, name: str, picture: "Figure", content: Map
     }
     everything = {"options": settings, "versions": versions, **content}
     picture.savefig(options.output / f"{name}.png", dpi=200)
-    text = json.dumps(everything, indent=1)
-    # A list of numbers on one line.
-    text = re.sub(r"\[[-+.,\w\s]+\]", lambda numbers: " ".join(numbers[0].split()), text)
-    (options.output / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    (options.output / f"{name}.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
     print(f"\nWritten: {options.output / name}.png and {name}.json")

@@ -224,10 +224,10 @@ def figure(curves: dict[str, Curves], options: argparse.Namespace) -> Figure:
             reporting.label_ends(axes, ends)
     panels[0].set_ylabel("accuracy on clean test images, % (axis cut)")
     panels[1].set_ylabel("wrong labels memorised, %")
-    finals = [f"{name} {100 * curve.test[:, -1].mean():.0f} %" for name, curve in curves.items()]
+    finals = [f"{100 * curve.test[:, -1].mean():.0f} % by {name}" for name, curve in curves.items()]
     reporting.head(
         picture,
-        f"{options.label_noise:.0%} wrong labels: {', '.join(finals[:2])}",
+        f"{100 * options.label_noise:.0f} % wrong labels: {', '.join(finals[:2])}",
         f"Digits, {options.model}. Mean over {options.seeds} paired seeds; bands: the range of the seeds.",
     )
     return picture

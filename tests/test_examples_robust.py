@@ -55,8 +55,8 @@ def test_quick_run_of_the_landscape(tmp_path):
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     assert "\nsmoke test, not a result\n" in done.stdout
-    assert "\n| lambda 1 " in done.stdout
-    for name in ("landscape.png", "landscape.md", "landscape.json"):
+    assert "\nlambda 1 " in done.stdout
+    for name in ("landscape.png", "landscape.json"):
         assert (tmp_path / "quick" / name).stat().st_size > 500
 
 
@@ -78,9 +78,6 @@ def test_help_and_bad_options(program, capsys):
         (["--rho", "0"], "argument --rho: must be a number > 0, got '0'"),
         (["--size", "1"], "argument --size: must be an integer >= 2, got 1"),
         (["--output", "/dev/null/x"], "argument --output: cannot make the folder '/dev/null/x'"),
-        (["--figure", "nosuch/p.png"], "argument --figure: there is no folder 'nosuch'"),
-        (["--figure", str(quick.ROOT)], "argument --figure: must be a file, and "),
-        (["--figure", "p.txt"], "argument --figure: must end in .png, .pdf or another kind of picture, got"),
     ],
 )
 def test_the_landscape_checks_its_options_before_it_trains(options, message, capsys, tmp_path):
