@@ -137,10 +137,10 @@ def test_finetune_groups_by_the_rule():
 
 def test_a_band_is_the_mean_and_the_range():
     axes = Figure().subplots()
-    reporting.band(axes, [1, 2], np.array([[0.0, 4.0], [2.0, 8.0]]), reporting.RED, "sam", "--")
+    reporting.band(axes, [1, 2], np.array([[0.0, 4.0], [2.0, 8.0]]), reporting.RED)
     (line,), (area,) = axes.lines, axes.collections
     np.testing.assert_array_equal(line.get_xydata(), [[1, 1], [2, 6]])
-    assert (line.get_label(), line.get_color(), line.get_linestyle()) == ("sam", reporting.RED, "--")
+    assert line.get_color() == reporting.RED
     bounds = area.get_paths()[0].vertices
     assert {tuple(corner) for corner in bounds.tolist()} == {(1, 0), (1, 2), (2, 4), (2, 8)}
 
