@@ -112,10 +112,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for task in options.tasks:
         scores = measure(task, options, radii[task])
         report[task] = summarize(scores, times, radii[task])
-        print(f"\n{heading(task, options)}\n\n{table(report[task], TASKS[task].unit)}", flush=True)
+        print(f"{task}: done", flush=True)
     words = reporting.conclude(options, meaning(report))
-    print(f"\n{words}")
-    (options.output / "cheap_sam.json").write_text(json.dumps({**report, "meaning": words}, indent=1))
+    content = {"machine": timing.machine(), "seeds": options.seeds, "epochs": options.epochs, "tasks": report}
+    print(f"\n{text_of(content)}\n\n{words}")
+    (options.output / "cheap_sam.json").write_text(json.dumps({**content, "meaning": words}, indent=1) + "\n")
     timing.save(figure(report), options, "cheap_sam")
     return report
 
@@ -247,9 +248,14 @@ def summarize(
     return report
 
 
-def heading(name: str, options: argparse.Namespace) -> str:
-    """What was measured."""
-    return f"{TASKS[name].title}; {options.epochs or TASKS[name].epochs} epochs, {options.seeds} paired seeds"
+def text_of(content: dict[str, Any]) -> str:
+    """The tables as RESULTS.md has them, from what is in the JSON."""
+    tables = []
+    for name, report in content["tasks"].items():
+        task, seeds = TASKS[name], content["seeds"]
+        tables.append(f"{task.title}; {content['epochs'] or task.epochs} epochs, {seeds} paired seeds:")
+        tables.append(table(report, task.unit))
+    return "\n\n".join(tables)
 
 
 def table(report: dict[str, Any], unit: str) -> str:
@@ -275,7 +281,7 @@ def table(report: dict[str, Any], unit: str) -> str:
                 reporting.show(row["score"], form),
                 "" if plain else f"{row['gain']['worst']:+{form}}",
                 "" if plain else f"{row['share']:.0f} ± {row['error']:.0f}",
-                "" if row["time"] is None else f"{row['time'].median:.2f}",
+                "" if row["time"] is None else f"{row['time'][0]:.2f}",
             ]
         )
     return timing.markdown(columns, rows)

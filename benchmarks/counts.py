@@ -1,0 +1,87 @@
+"""What a training step of every variant costs, counted by the compiler: nothing is timed.
+
+    python benchmarks/counts.py
+
+FLOPs, temporary memory and optimizer state of the whole step, divided by those of the same step without SAM,
+which is momentum SGD. Memory is that of a step that overwrites params and state. Of a step that may skip
+its second gradient the compiler counts the longer form; "gradients" is the mean over a period. The arguments of
+a variant are those of its first row in `tests/table.py`.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import by_hand
+import jax
+import networks
+import table
+import timing
+
+NETWORKS = ("mlp", "transformer")
+ROWS = sorted(table.VARIANTS, key=lambda row: row.name)
+
+
+def count(step: Any, state: Any, problem: networks.Problem) -> dict[str, float]:
+    """FLOPs, bytes of temporary memory, and bytes of the optimizer's state."""
+    arguments = problem.params, state, problem.stats, problem.batch
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+    return {
+        "flops": timing.flops(compiled),
+        "memory": timing.temporary_bytes(compiled),
+        "state": sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
+    }
+
+
+def measure(problem: networks.Problem) -> dict[str, dict[str, float]]:
+    """The counts of plain training and of every variant."""
+    plain = by_hand.hand_step(problem.loss, by_hand.plain), by_hand.hand_state(problem.params, False)
+    found = {"sgd": count(*plain, problem)}
+    for row in ROWS:
+        variant, tx = row.optimizer(by_hand.BASE)
+        step, _ = by_hand.step_of_variant(problem.loss, variant, tx)
+        found[row.name] = count(step, tx.init(problem.params), problem)
+    return found
+
+
+def gradients(row: table.Row) -> str:
+    """How many a step takes."""
+    few, many = min(row.evaluations), max(row.evaluations)
+    return f"{few} to {many}" if row.evaluates_by_data else f"{sum(row.evaluations) / len(row.evaluations):g}"
+
+
+def text_of(content: Mapping[str, Any]) -> str:
+    """The tables as RESULTS.md has them, from what is in the JSON."""
+    columns = ["variant", "gradients"]
+    for name in content["networks"]:
+        columns += [f"{name}: FLOPs", "temporary memory", "optimizer state"]
+    lines = []
+    for variant, each in content["gradients"].items():
+        cells = [variant, each]
+        for found in content["networks"].values():
+            cells += [f"{found[variant][key] / found['sgd'][key]:.2f}" for key in ("flops", "memory", "state")]
+        lines.append(cells)
+    return timing.markdown(columns, lines)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Counts, prints the table and writes the numbers."""
+    options = timing.parse(timing.parser(__doc__, "results/counts"), argv)
+    size = "quick" if options.quick else "small"
+    content = {
+        "machine": timing.machine(),
+        "gradients": {row.name: gradients(row) for row in ROWS},
+        "networks": {name: measure(networks.make(name, size)) for name in NETWORKS},
+    }
+    path = options.output / "counts.json"
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"{text_of(content)}\n\nWritten: {path}")
+    return content
+
+
+if __name__ == "__main__":
+    main()
