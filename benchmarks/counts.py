@@ -63,7 +63,9 @@ def text_of(content: Mapping[str, Any]) -> str:
     for variant, each in content["gradients"].items():
         cells = [variant, each]
         for found in content["networks"].values():
-            cells += [f"{found[variant][key] / found['sgd'][key]:.2f}" for key in ("flops", "memory", "state")]
+            cells += [
+                f"{found[variant][key] / found['sgd'][key]:.2f}" for key in ("flops", "memory", "state")
+            ]
         lines.append(cells)
     return timing.markdown(columns, lines)
 
