@@ -2,10 +2,10 @@
 
     python benchmarks/counts.py
 
-FLOPs, temporary memory and optimizer state of the whole step, divided by those of the same step without SAM,
-which is momentum SGD. Memory is that of a step that overwrites params and state. Of a step that may skip
-its second gradient the compiler counts the longer form; "gradients" is the mean over a period. The arguments of
-a variant are those of its first row in `tests/table.py`.
+FLOPs, temporary memory and optimizer state of the whole step, relative to the same step without SAM, which is
+momentum SGD. Memory is that of a step that overwrites params and state. If a step can skip its second
+gradient, the compiler counts the longer form; "gradients" is the mean over a period. Each variant has the
+arguments of its first row in `tests/table.py`.
 """
 
 import json
@@ -82,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     path = options.output / "counts.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"{text_of(content)}\n\nWritten: {path}")
+    if options.quick:
+        print(timing.SMOKE)
     return content
 
 

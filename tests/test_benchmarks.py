@@ -9,6 +9,7 @@ from pathlib import Path
 import accelerator
 import by_hand
 import cheap_sam
+import counts
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +81,18 @@ def test_gaps_of_a_profile(tmp_path):
     assert accelerator.idle_share(tmp_path) == (30 / 150, 30)
     path.write_bytes(gzip.compress(json.dumps({"traceEvents": events[1:2]}).encode()))
     assert accelerator.idle_share(tmp_path) is None
+
+
+@pytest.mark.full
+def test_quick_form_of_the_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(counts, "ROWS", [row for row in counts.ROWS if row.name in ("sam", "vasso")])
+    monkeypatch.setattr(counts, "NETWORKS", ("mlp",))
+    content = counts.main(["--quick", "--output", str(tmp_path)])
+    sam, vasso, sgd = (content["networks"]["mlp"][name] for name in ("sam", "vasso", "sgd"))
+    assert 1.9 < sam["flops"] / sgd["flops"] < 2.2
+    assert sam["state"] - sgd["state"] == 4  # The radius; both count their steps.
+    assert 1.9 < vasso["state"] / sgd["state"] < 2.1
+    assert json.loads((tmp_path / "quick" / "counts.json").read_text()) == content
 
 
 @pytest.mark.full
