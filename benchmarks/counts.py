@@ -56,17 +56,14 @@ def gradients(row: table.Row) -> str:
 
 def text_of(content: Mapping[str, Any]) -> str:
     """The tables as RESULTS.md has them, from what is in the JSON."""
-    columns = ["variant", "gradients"]
-    for name in content["networks"]:
-        columns += [f"{name}: FLOPs", "temporary memory", "optimizer state"]
+    counts = content["networks"]
+    # A state is as many copies of params whatever the network: one column will do.
+    shown = [(key, name) for key in ("flops", "memory") for name in counts] + [("state", next(iter(counts)))]
+    columns = ["variant", "gradients", *(f"{key}, {name}" for key, name in shown)]
     lines = []
     for variant, each in content["gradients"].items():
-        cells = [variant, each]
-        for found in content["networks"].values():
-            cells += [
-                f"{found[variant][key] / found['sgd'][key]:.2f}" for key in ("flops", "memory", "state")
-            ]
-        lines.append(cells)
+        ratios = [counts[name][variant][key] / counts[name]["sgd"][key] for key, name in shown]
+        lines.append([variant, each, *(f"{ratio:.2f}" for ratio in ratios)])
     return timing.markdown(columns, lines)
 
 
