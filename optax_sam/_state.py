@@ -178,23 +178,23 @@ def _refuse_multi_steps(optimizer: str) -> None:
         "optax.MultiSteps(base, 4).gradient_transformation())`, or take"
     )
     msg = (
-        "`optax.MultiSteps` around a sharpness-aware variant accumulates one gradient, and the variant takes "
-        f"a pair, of one batch. {place} the step of the whole batch, "
+        "`optax.MultiSteps` around a sharpness-aware variant accumulates one gradient, but the variant takes "
+        f"the two gradients of one batch. {place} the step of the whole batch, "
         "`sam_value_and_grad(..., microbatch_size=n, batch_argnums=1)`."
     )
     raise ValueError(msg)
 
 
 def _refuse_before(links: list[Any], at: int) -> None:
-    """Raises if something with a state stands before the variant."""
+    """Raises if something with a state comes before the variant."""
     before = links[:at]
     if isinstance(getattr(links[at], "inner_state", links[at]), SAMState):
         # Surely a chain, and no tuple of a user's: what it holds may be chains again.
         before = jax.tree.leaves(before, is_leaf=_is_named_state)
     for link in filter(_is_named_state, before):
         msg = (
-            "In a chain the variant comes first. Before it stands a transformation (its state is "
-            f"{type(link).__name__}) that would silently act on both gradients at once, or on one alone. "
+            "In a chain the variant comes first. Here a transformation comes before it (its state is "
+            f"{type(link).__name__}), which would silently act on both gradients at once, or on one alone. "
             "Put it after the variant: `optax.chain(variant, optax.clip_by_global_norm(1.0), base)`."
         )
         if isinstance(link, optax.EmptyState):
@@ -203,7 +203,7 @@ def _refuse_before(links: list[Any], at: int) -> None:
 
 
 def _refuse_after(links: list[Any], optimizer: str) -> None:
-    """Raises if another optimizer stands after a whole one: a chain in the chain, or one with a momentum.
+    """Raises if another optimizer comes after a whole one: a chain in the chain, or one with a momentum.
 
     A single link without a state, such as `optax.scale`, cannot be told from a clip, and passes.
     """
@@ -215,8 +215,8 @@ def _refuse_after(links: list[Any], optimizer: str) -> None:
 
     if _nodes(links, is_of_an_optimizer):
         msg = (
-            f"`{optimizer}` is a whole optimizer: it returns updates, learning rate and sign included. After "
-            "it in the chain stands another, which would take them for gradients: leave that out. What acts "
+            f"`{optimizer}` is a whole optimizer: it returns updates, learning rate and sign included. "
+            "Another optimizer comes after it and would take these for gradients: leave it out. What acts "
             f"on updates may follow, link by link: `optax.chain({optimizer}(...), optax.clip(0.1))`."
         )
         raise ValueError(msg)

@@ -32,7 +32,7 @@ from optax_sam._variant import SharpnessAwareTransformation, checked_evaluation,
 
 @serializable
 class SAMMetrics(NamedTuple):
-    """What a run should log about its sharpness-aware steps: scalars in float32 or better.
+    """Measures of a sharpness-aware step, to be logged: scalars in float32 or better.
 
     Measure anything else on one gradient, `grads.perturbed`: `optax.tree.norm(grads)` counts both. What was
     not measured is NaN; under `jax_debug_nans`, which would stop the program, it is infinity.
@@ -48,9 +48,9 @@ class SAMMetrics(NamedTuple):
       perturbed_norm: Norm of the perturbed gradient.
       cosine: Cosine of the angle between the two; 1 in steps with only one gradient.
       perturbation_norm: Norm of the perturbation that was applied. It is below rho if rounding to the dtype
-        of params swallowed some of it, and 0 in a step that was not perturbed. If each shard has its own, the
+        of params removed some of it, and 0 in a step that was not perturbed. If each shard has its own, the
         mean over shards.
-      rho: The radius in force.
+      rho: The current radius.
     """
 
     loss: jax.Array
@@ -138,9 +138,9 @@ def sam_value_and_grad(
       has_aux: Whether `fun` returns a pair.
       return_metrics: Whether to return `SAMMetrics` as a third output.
       axis_name: Inside `jax.pmap` or `jax.shard_map`, the name of the axis (or axes) over which the
-        batch is spread. Value, gradients and metrics come back averaged over it, aux as the
-        device has it. Without it, gradients that you average by hand are those of
-        `perturbation="local"`: each device has perturbed by its own part.
+        batch is spread. Value, gradients and metrics are averaged over it; aux is that of each
+        device. If you leave it out and average the gradients yourself, you get
+        `perturbation="local"`: each device perturbs by its own part.
       perturbation: With `axis_name`: "global" perturbs by the gradient of the whole batch (two
         all-reduces a step), "local" by that of each device's part (one all-reduce; m-sharpness).
       num_shards: Splits the batch arguments into so many contiguous shards along their first axis,
@@ -152,8 +152,8 @@ def sam_value_and_grad(
         `optax.microbatch`: the step of the full batch in the memory of a microbatch.
       ascent_examples: Takes the ascent gradient from the first so many examples (an int) of the batch, or
         of each shard or device's part, or from that fraction of them (a float in (0, 1]): a step then
-        costs 1 + n / B gradients. For variants whose clean gradient serves the ascent alone (their attribute
-        `ascent_only` is true, as that of `sam`); others are refused.
+        costs 1 + n / B gradients. For variants that use the clean gradient for the ascent only (their
+        attribute `ascent_only` is true, as that of `sam`); others are refused.
       ascent_dtype: The dtype in which the ascent gradient is computed, such as `jnp.bfloat16`: params and
         floating-point batch arguments, where `batch_argnums` names them, are cast to it, and all that
         comes out in it to the dtype of params. For the same variants.
@@ -165,12 +165,12 @@ def sam_value_and_grad(
 
     Returns:
       A function `(*args, state, loss_scale=None, **kwargs)` that takes the arguments of `fun`, the
-      optimizer's state by keyword, and perhaps a factor by which the loss is multiplied while it is
-      differentiated (for half precision) and which is divided out again. It returns `(value, grads)`
+      optimizer's state by keyword, and optionally a factor by which the loss is multiplied before it is
+      differentiated (for half precision); gradients are divided by it again. It returns `(value, grads)`
       or `((value, aux), grads)`, and metrics after that; `grads` are `SAMGradients` in the shapes of
       params. Value and aux are of the clean pass; the perturbed pass sees the same arguments and its
-      aux is dropped. With `ascent_examples`, `ascent_dtype` or `ascent_loss` the clean pass is the ascent's:
-      value, aux and `grads.clean` are of those examples, in that precision, of that loss. With shards or
+      aux is dropped. With `ascent_examples`, `ascent_dtype` or `ascent_loss` the clean pass has these
+      examples, this precision or this loss, and so have value, aux and `grads.clean`. With shards or
       microbatches the floating-point leaves of aux are averaged and its integer leaves are summed. Inside a
       `jit` the loss is traced once, or once for each shape and dtype of batch that it sees.
 
@@ -280,10 +280,10 @@ def _check_ascent(variant: SharpnessAwareTransformation, cheaper: dict[str, Any]
     asked = [name for name, value in cheaper.items() if value is not None]
     if asked and not variant.ascent_only:
         msg = (
-            f"`{asked[0]}` makes the clean gradient another one, good enough for an ascent. "
-            f"`{variant.made_by.name}` descends along it, or evaluates no other: leave it out, or take a "
-            "variant whose clean gradient serves the ascent alone, such as `sam` (its attribute "
-            "`ascent_only` is true). If that is so for a variant of your own, write "
+            f"`{asked[0]}` changes the clean gradient, which is then good enough for an ascent only. "
+            f"`{variant.made_by.name}` also descends along it, or evaluates no other: leave it out, or take "
+            "a variant that uses the clean gradient for the ascent only, such as `sam` (its attribute "
+            "`ascent_only` is true). If this holds for a variant of your own, write "
             "`sharpness_aware(..., ascent_only=True)`."
         )
         raise ValueError(msg)

@@ -36,7 +36,7 @@ class SharpnessAwareTransformation(optax.GradientTransformationExtraArgs):
     """A variant: an `optax.GradientTransformationExtraArgs` that also knows what to evaluate.
 
     It has the two fields of every transformation, `init` and `update`, so that it chains like one. Its
-    attributes do not survive a chain or another wrapper: hand the variant itself to `sam_value_and_grad`, and
+    attributes do not survive a chain or another wrapper: give the variant itself to `sam_value_and_grad`, and
     the chain that contains it to the training loop.
 
     Attributes:
@@ -81,10 +81,10 @@ class SharpnessAwareTransformation(optax.GradientTransformationExtraArgs):
 
 
 def constructor(function: Callable[P, T]) -> Callable[P, T]:
-    """Lets the variants that a constructor makes know its name and their arguments.
+    """Tells the variants that a constructor makes its name and their arguments.
 
-    What is evaluated by `gsam` is then refused by `sam`, and arguments that `optax.inject_hyperparams` holds
-    are honoured in the evaluation.
+    Then `sam` refuses a pair of gradients that `gsam` evaluated, and the evaluation uses the arguments that
+    `optax.inject_hyperparams` holds.
 
     Args:
       function: A function that returns a variant, such as one made by `sharpness_aware`.
@@ -264,7 +264,7 @@ def as_pair(
     msg = (
         "A sharpness-aware variant needs two gradients and got a single one. Take them from "
         "`optax_sam.sam_value_and_grad(loss, variant)(params, ..., state=opt_state)` and write "
-        "`update(grads, opt_state, params)`, or, where a wrapper insists on updates with the structure of "
+        "`update(grads, opt_state, params)`, or, if a wrapper needs updates with the structure of "
         "params, `update(grads.perturbed, opt_state, params, clean_updates=grads.clean)`. With a plain "
         "gradient write `update(grads, opt_state, params, grad_fn=lambda params: jax.grad(loss)(params, "
         f"batch))`. Got a {type(updates).__name__}. In a chain the variant comes first, and "
@@ -409,7 +409,7 @@ def _check_functions(
     for name, others in excluded.items():
         for other in others:
             if functions[name] is not None and functions[other] is not None:
-                msg = f"`{name}` stands in place of `{other}`: give one of them."
+                msg = f"`{name}` replaces `{other}`: give one of them."
                 raise ValueError(msg)
     if ascent_only and when is not None:
         msg = "A variant with `when` descends along the clean gradient too: leave out `ascent_only=True`."
@@ -465,16 +465,17 @@ def sharpness_aware(
         `optax_sam.ascent.normalized()`. The gradient is in float32 or better.
       descent: `(gradients, state, params) -> (direction, memory)`, where gradients are the
         `SAMGradients` in float32 or better and state is the `SAMState`. If it ends in
-        `**extra_args`, it receives those of `update`. None hands on the perturbed gradient.
+        `**extra_args`, it receives those of `update`. None: the
+        direction is the perturbed gradient.
       init_memory: `params -> memory`, for variants that remember something, in float32 or better. `descent`
         returns memory of the same structure and shapes, which is cast to the dtypes that it began with.
         Entries that are not finite keep their old value.
       climb: `(gradient, state, params) -> perturbation`: an ascent that needs the memory or the step. It
-        stands in place of `ascent`.
-      when: `state -> whether this step pays for the second gradient`, a scalar. In the other steps the pair
-        holds the clean gradient twice. None: in every step.
-      evaluate: `(loss, state) -> evaluation`, for all that the other functions cannot say: several ascent
-        steps, noise, decisions that depend on a gradient. `loss` is a `Loss`. It stands in place of `ascent`,
+        replaces `ascent`.
+      when: `state -> whether this step takes the second gradient`, a boolean scalar. In the other steps the
+        pair holds the clean gradient twice. None: in every step.
+      evaluate: `(loss, state) -> evaluation`, for what the other functions cannot express: several
+        ascent steps, noise, decisions that depend on a gradient. `loss` is a `Loss`. It replaces `ascent`,
         `climb` and `when`.
       ascent_only: Whether the clean gradient serves the ascent alone and takes no part in the direction:
         what `sam_value_and_grad` needs to know for `ascent_examples`, `ascent_dtype` and `ascent_loss`. None:

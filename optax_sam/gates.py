@@ -407,8 +407,8 @@ def _evaluation(variant: SharpnessAwareTransformation, loss: Loss, state: SAMSta
     evaluation = checked_evaluation(variant.evaluate(loss, state))
     if evaluation.gradients.statistics is not None:
         msg = (
-            f"`{variant.made_by.name}` measures something in its first pass, for its direction, and has no "
-            "plain step that could do without. Take it without a gate."
+            f"`{variant.made_by.name}` measures something in its first pass, for its direction, so it has no "
+            "plain step. Take it without a gate."
         )
         raise ValueError(msg)
     return evaluation

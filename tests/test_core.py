@@ -557,9 +557,7 @@ def test_the_ascent_along_another_loss() -> None:
             metrics.perturbed_loss, table.loss(optax.tree.add(params, up), batch), rtol=1e-5
         )
         assert np.isnan(metrics.sharpness)
-    with pytest.raises(
-        ValueError, match=r"`ascent_loss` makes the clean gradient another one.*`gsam` descends"
-    ):
+    with pytest.raises(ValueError, match=r"`ascent_loss` changes the clean gradient.*`gsam` also descends"):
         optax_sam.sam_value_and_grad(table.loss, optax_sam.gsam(), ascent_loss=other)
     with pytest.raises(TypeError, match=r"`ascent_loss` must be a loss, a function like `fun`, got int"):
         optax_sam.sam_value_and_grad(table.loss, optax_sam.sam(), ascent_loss=3)
@@ -645,8 +643,8 @@ def three(a: Any, b: Any, c: Any) -> Any:
         ({"when": 3}, TypeError, r"`when` must be a function, got 3"),
         ({"descent": two}, TypeError, r"`descent` is called with 3 arguments"),
         ({"init_memory": two}, TypeError, r"`init_memory` is called with 1 argument,"),
-        ({"ascent": three, "climb": three}, ValueError, r"`climb` stands in place of `ascent`: give one"),
-        ({"when": len, "evaluate": two}, ValueError, r"`evaluate` stands in place of `when`: give one"),
+        ({"ascent": three, "climb": three}, ValueError, r"`climb` replaces `ascent`: give one"),
+        ({"when": len, "evaluate": two}, ValueError, r"`evaluate` replaces `when`: give one"),
     ],
 )
 def test_wrong_functions(functions: Any, error: type[Exception], words: str) -> None:
@@ -697,7 +695,7 @@ def test_authors_of_variants_are_told_what_is_wrong() -> None:
         (
             lambda: optax_sam.sam_value_and_grad(table.loss, gated(), ascent_dtype=jnp.bfloat16),
             ValueError,
-            "`ascent_dtype` makes the clean gradient another one",
+            "`ascent_dtype` changes the clean gradient",
         ),
     ]
     for call, error, words in cases:

@@ -211,7 +211,7 @@ class TestFewerExamples:
 
     def test_who_may_not(self) -> None:
         for variant in (optax_sam.gated(optax_sam.gsam(0.1), gates.every(2)), optax_sam.ae_sam()):
-            with pytest.raises(ValueError, match="`ascent_examples` makes the clean gradient another one"):
+            with pytest.raises(ValueError, match="`ascent_examples` changes the clean gradient"):
                 optax_sam.sam_value_and_grad(table.loss, variant, ascent_examples=2, batch_argnums=1)
 
 

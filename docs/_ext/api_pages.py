@@ -13,6 +13,7 @@ DOCS = Path(__file__).resolve().parent.parent
 PACKAGE = DOCS.parent / "optax_sam"
 RESULTS = DOCS.parent / "examples" / "RESULTS.md"
 
+LETTERS = "g: gradient at params, p: gradient at the perturbed point"
 STEP = "The training step"
 CUSTOM = "Custom variants"
 # Where the names go that `optax_sam` takes from its private files, in this order; others go to the last.
@@ -217,9 +218,14 @@ def facts(variant: str) -> str:
             ("paper", "direction", "gradients a step", "copies of params"), described[1:], strict=False
         )
     if tuned := row("tuning.md", "Defaults", variant):
-        rows += zip(("default", "safe", "not safe"), tuned[1:], strict=False)
+        keys = (
+            "default",
+            "safe ([meaning](../../tuning.md#defaults-and-what-was-safe-around-them))",
+            "not safe",
+        )
+        rows += zip(keys, tuned[1:], strict=False)
     lines = "".join(f"| {key} | {value} |\n" for key, value in rows if value)
-    return f"| at a glance | |\n|---|---|\n{lines}"
+    return f"| at a glance | {LETTERS} |\n|---|---|\n{lines}"
 
 
 def results(variant: str) -> str:

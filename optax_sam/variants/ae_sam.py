@@ -18,7 +18,7 @@ def ae_sam(
     *,
     ascent: ascents.Ascent | None = None,
 ) -> SharpnessAwareTransformation:
-    r"""Adaptive policy: a step of SAM where the gradient is large compared with those before, else plain.
+    r"""Adaptive policy: a SAM step when the gradient is large compared with earlier steps, else a plain step.
 
     .. math::
       u_t = g_\epsilon \;\text{if}\; \|g_t\|^2 \ge \mu_t + c_t \sigma_t, \quad \text{else}\; u_t = g_t

@@ -32,7 +32,7 @@ def async_sam(
     reuse: Literal["clean", "perturbed"] = "clean",
     ascent: ascents.Ascent | None = None,
 ) -> SharpnessAwareTransformation:
-    r"""SAM that climbs along the gradient of the step before.
+    r"""SAM that climbs along the gradient of the previous step.
 
     As published: two gradients that can be computed in parallel. With `reuse="perturbed"`: one, at the
     cost of plain training.
@@ -45,8 +45,8 @@ def async_sam(
       rho: The radius, >= 0, or a schedule of the step; 0 recovers the base optimizer. 0.05 was safe in
         docs/tuning.md, 0.2 was not: it collapsed in 1 of 6 cells ("clean") or lost 17 points ("perturbed").
       reuse: Which gradient of the previous step gives the direction: "clean" as published, two gradient
-        evaluations a step, the first step being one of SAM; or "perturbed", one evaluation a step, the
-        first step being plain.
+        evaluations a step, and the first step is a SAM step; or "perturbed", one evaluation a step, and
+        the first step is plain.
       ascent: The ascent rule; None for `optax_sam.ascent.normalized()`.
 
     Returns:

@@ -50,7 +50,7 @@ def bsam(
     key: int | jax.Array | None = None,
     update_precision_first: bool = False,
 ) -> SharpnessAwareTransformation:
-    r"""Bayesian SAM: a whole optimizer, nothing comes after it.
+    r"""Bayesian SAM: a whole optimizer, after which no other optimizer may come.
 
     Learns a Gaussian posterior over params together with its mean. The first gradient is taken at a
     sample of the posterior; the perturbation of the mean is scaled by the posterior's variance.
@@ -70,8 +70,8 @@ def bsam(
     Args:
       learning_rate: :math:`\eta`, >= 0, or a schedule of the step. The paper takes 0.25 to 1 with a warm-up
         and a cosine; constant, 0.05 and 0.2 were measured (docs/tuning.md).
-      num_data: :math:`N`, the number of training examples, times the factor of data augmentation; >= 1, of
-        any size. `optax.inject_hyperparams` takes no integer from 2**31 on: name it in `static_args` there.
+      num_data: :math:`N`, the number of training examples, times the factor of data augmentation; >= 1.
+        Under `optax.inject_hyperparams` name it in `static_args` if it is 2**31 or more.
       rho: Strength of the perturbation, >= 0, or a schedule of the step. Not comparable to SAM's: the
         perturbation is not normalized. 0.05 was safe in docs/tuning.md, 0.2 lost up to 11 points.
       b1: Decay of the momentum, in [0, 1).
@@ -87,8 +87,8 @@ def bsam(
 
     Returns:
       A sharpness-aware transformation that is an optimizer. Two gradient evaluations a step, two copies
-      of the params as state. The loss and aux reported are those at the sample. Of several shards, and
-      of several devices with `perturbation="local"`, each has noise of its own; what enters s is then
+      of the params as state. The loss and aux reported are those at the sample. With several shards, or
+      several devices with `perturbation="local"`, each draws its own noise, and s is updated with
       the mean of :math:`\sqrt{s} |g|` over them.
 
     Examples:

@@ -42,7 +42,7 @@ def eigen_sam(
       (v - \langle \hat g, v \rangle\, \hat g) \right), \quad \hat g = \frac{g}{\|g\|_2}, \quad
       u = \nabla L(w + \epsilon)
 
-    where v is found by a few power iterations on the batch at hand, every so many steps.
+    where v is found by a few power iterations on the current batch, every so many steps.
 
     Args:
       rho: The radius, >= 0, or a schedule of the step; 0 recovers the base optimizer. The perturbation is

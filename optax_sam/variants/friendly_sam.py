@@ -35,7 +35,7 @@ def friendly_sam(
     *,
     ascent: ascents.Ascent | None = None,
 ) -> SharpnessAwareTransformation:
-    r"""Friendly SAM: climbs along the part of the gradient that belongs to the batch alone.
+    r"""Friendly SAM: climbs along the part of the gradient that is specific to the batch.
 
     The part that all batches share, estimated by an average over the past steps, is taken out of the ascent.
 
@@ -43,7 +43,7 @@ def friendly_sam(
       \epsilon_t = \rho \frac{d_t}{\|d_t\|_2}, \quad d_t = g_t - \sigma m_{t-1}, \quad
       m_t = \lambda m_{t-1} + (1 - \lambda) g_t, \quad u_t = \nabla L(w_t + \epsilon_t)
 
-    The first step is one of SAM, with :math:`m_0 = g_0`.
+    The first step is a SAM step, with :math:`m_0 = g_0`.
 
     Args:
       rho: The radius, >= 0, or a schedule of the step; 0 recovers the base optimizer.

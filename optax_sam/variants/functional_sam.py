@@ -17,8 +17,8 @@ def functional_sam(
 ) -> SharpnessAwareTransformation:
     r"""SAM that regularizes the function of the network and leaves the loss of its outputs alone.
 
-    SAM's gradient at the perturbed point changes for two reasons: the Jacobian of the network is another, and
-    so is the derivative of the loss by the outputs. Here the second stays as it was.
+    SAM's gradient at the perturbed point changes for two reasons: the Jacobian of the network changes, and so
+    does the derivative of the loss with respect to the outputs. Here the second is kept as it was.
 
     .. math::
       u = J(w + \epsilon)^\top c, \quad \epsilon = \rho \frac{g}{\|g\|_2}, \quad g = J(w)^\top c, \quad

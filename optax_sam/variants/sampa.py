@@ -37,18 +37,18 @@ def sampa(
 ) -> SharpnessAwareTransformation:
     r"""SAM parallelized: both points of a step are known before it begins.
 
-    The perturbation is that of the gradient at an auxiliary point, where the step before looked ahead.
+    The perturbation is along the gradient at an auxiliary point, where the previous step looked ahead.
 
     .. math::
       y_{t+1} = w_t - \eta_t\, m_t, \quad
       u_t = (1 - \lambda)\, \nabla L\left(w_t + \rho \frac{m_t}{\|m_t\|_2}\right)
       + \lambda\, \nabla L(y_{t+1}), \quad m_{t+1} = \nabla L(y_{t+1})
 
-    With :math:`m_0 = 0`: the first step is one of the base optimizer.
+    With :math:`m_0 = 0`: the first step is a step of the base optimizer.
 
     Args:
       learning_rate: :math:`\eta`, that of the base optimizer again, >= 0 or a schedule of the step.
-      rho: The radius, >= 0, or a schedule of the step. 0 is no base optimizer, but looks ahead.
+      rho: The radius, >= 0, or a schedule of the step. 0 is not the base optimizer, but looks ahead.
       mix: The weight :math:`\lambda` of the gradient ahead, in [0, 1]; 0 is the paper's SAMPa, 0.2 its
         SAMPa-0.2.
       ascent: The ascent rule; None for `optax_sam.ascent.normalized()`.
@@ -77,7 +77,7 @@ def sampa(
       Xie, Pethick and Cevher, `SAMPa: Sharpness-aware Minimization Parallelized
       <https://arxiv.org/abs/2410.10683>`_, NeurIPS 2024; defaults and first step as in the authors' code.
       There the gradient at the perturbed point is of the batch before, and the point ahead knows of momentum
-      and weight decay; here both gradients are of the batch at hand, and :math:`y` is the paper's.
+      and weight decay; here both gradients are of the current batch, and :math:`y` is the paper's.
     """
     _checks.scalar_or_schedule("learning_rate", learning_rate)
     _checks.number("mix", mix, low=0.0, high=1.0)

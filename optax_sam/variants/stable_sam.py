@@ -21,7 +21,7 @@ def stable_sam(
 ) -> SharpnessAwareTransformation:
     r"""SAM whose steps are as long as those of the base optimizer.
 
-    The perturbed gradient gives the direction alone, so that a large radius lengthens no step.
+    The perturbed gradient gives only the direction, so a large radius does not lengthen a step.
 
     .. math:: u = \frac{\|g\|_2}{\|g_\epsilon\|_2}\, g_\epsilon
 

@@ -14,7 +14,7 @@ from optax_sam._variant import SharpnessAwareTransformation, constructor, sharpn
 def unified_sam(
     rho: optax.ScalarOrSchedule = 0.05, mix: optax.ScalarOrSchedule = 0.5
 ) -> SharpnessAwareTransformation:
-    r"""SAM, its unnormalized form, and all that lies between them.
+    r"""SAM, its unnormalized form (USAM), and everything between them.
 
     .. math::
       \epsilon = \rho \left(1 - \lambda + \frac{\lambda}{\|g\|_2 + 10^{-12}}\right) g, \quad

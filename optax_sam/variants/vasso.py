@@ -36,7 +36,7 @@ def vasso(
       \epsilon_t = \rho \frac{d_t}{\|d_t\|_2}, \quad d_t = (1 - \theta)\, d_{t-1} + \theta\, g_t, \quad
       u_t = \nabla L(w_t + \epsilon_t)
 
-    The first step is one of SAM, with :math:`d_0 = g_0`.
+    The first step is a SAM step, with :math:`d_0 = g_0`.
 
     Args:
       rho: The radius, >= 0, or a schedule of the step; 0 recovers the base optimizer. 0.05 was safe in

@@ -49,7 +49,7 @@ def weight_noise(
     Returns:
       A sharpness-aware transformation without memory. One gradient evaluation a step, whose value and aux are
       those of the noisy point, and the pair holds its gradient twice; with `mix` below 1 two, and the value
-      is the clean one. Each shard, and each device with `perturbation="local"`, has noise of its own.
+      is the clean one. Each shard, and each device with `perturbation="local"`, draws its own noise.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam
@@ -65,7 +65,7 @@ def weight_noise(
       Li et al., `Efficient Generalization Improvement Guided by Random Weight Perturbation
       <https://arxiv.org/abs/2211.11489>`_, 2022, and `Revisiting Random Weight Perturbation for Efficiently
       Improving Generalization <https://arxiv.org/abs/2404.00357>`_, TMLR 2024, after the authors' code.
-      There the two gradients of m-RWP are of two batches, each on a worker of its own; here of one.
+      There the two gradients of m-RWP are of two batches, each on its own worker; here of one batch.
     """
     _checks.scalar_or_schedule("scale", scale)
     _checks.static("mix", mix)

@@ -40,15 +40,15 @@ def wsam(
 ) -> SharpnessAwareTransformation:
     r"""Weighted sharpness-aware minimization, coupled: the sharpness term goes through the base optimizer.
 
-    Minimizes the loss plus a weighted sharpness, of which SAM is the case of weight one.
+    Minimizes the loss plus a weighted sharpness. SAM is the case of weight one.
 
     .. math:: u = g + \alpha\,(g_\epsilon - g), \quad \alpha = \frac{\gamma}{1 - \gamma}
 
     Args:
       rho: The radius, >= 0, or a schedule of the step; 0 recovers the base optimizer.
       gamma: The weight, in [0, 1): 0 recovers the base optimizer, 1/2 SAM. None: 0.6 (alpha 1.5), unless
-        alpha is given. The paper takes 0.9, which weighs the sharpness ninefold: with rho 0.05 it collapsed
-        in 3 of 12 cells of docs/tuning.md, and 0.8 in 1 of 6. Both want a smaller rho, of 0.0125 to 0.02.
+        alpha is given. The paper takes 0.9, a ninefold weight: with rho 0.05 it collapsed
+        in 3 of 12 cells of docs/tuning.md, and 0.8 in 1 of 6. Both need a smaller rho, of 0.0125 to 0.02.
       alpha: The weight as a factor, >= 0, or a schedule of the step; instead of gamma. 0.5 together
         with `ascent=optax_sam.ascent.extrapolated(...)` is SAGM.
       ascent: The ascent rule; None for `optax_sam.ascent.normalized()`.
@@ -95,7 +95,7 @@ def decoupled_wsam(
     alpha: optax.ScalarOrSchedule | None = None,
     ascent: ascents.Ascent | None = None,
 ) -> SharpnessAwareTransformation:
-    r"""Weighted sharpness-aware minimization, decoupled: a whole optimizer, nothing comes after it.
+    r"""Weighted sharpness-aware minimization, decoupled: a whole optimizer, after which no other may come.
 
     The base optimizer sees the clean gradient; the sharpness term bypasses its momentum, its
     preconditioner and its weight decay.
@@ -116,8 +116,8 @@ def decoupled_wsam(
         sharpness term.
       rho: The radius, >= 0, or a schedule of the step; 0 recovers the base optimizer.
       gamma: The weight, in [0, 1). None: 0.8 (alpha 4), unless alpha is given. The paper takes 0.9, which
-        lost 7 points in one of 12 cells of docs/tuning.md. Both are more than `wsam` bears, whose sharpness
-        term is multiplied tenfold by a momentum of 0.9.
+        lost 7 points in one of 12 cells of docs/tuning.md. `wsam` needs less, because a momentum of 0.9
+        multiplies its sharpness term tenfold.
       alpha: The weight as a factor, >= 0, or a schedule of the step; instead of gamma.
       ascent: The ascent rule; None for `optax_sam.ascent.normalized()`.
 

@@ -31,7 +31,7 @@ def xsam(
 
     Args:
       rho: The radius, >= 0, or a schedule of the step; 0 recovers the base optimizer. The authors' code takes
-        0.15; 0.05 is the default of `sam` here, for the length of the step is SAM's.
+        0.15; 0.05 is the default of `sam` here, because the step is as long as SAM's.
       alpha: How far to go from the clean direction to the perturbed one and beyond, >= 0, or a schedule of
         the
         step: 0 is the clean direction, 1 SAM. The paper searches the best one in [0, 2] by losses at a larger
