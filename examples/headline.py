@@ -86,7 +86,7 @@ def figure(
     report: Mapping[str, Any],
 ) -> Figure:
     """The three panels; each title names what the plain optimizer reaches, and what SAM does."""
-    picture = Figure(figsize=(14, 4.3), layout="constrained")
+    picture = Figure(figsize=(12, 4.1), layout="constrained")
     axes = picture.subplots(1, 3)
     draw_wrong(axes[0], wrong)
     quantize.draw(axes[1], dict(few))
@@ -97,7 +97,7 @@ def figure(
     titles = ("40 % of the labels wrong", "Weights rounded to 2 bits", "Old task after a new one")
     for each, title, arms in zip(axes, titles, report.values(), strict=True):
         plain, *_ = arms.values()
-        words = f"{title}: {plain['mean']:.0f} %, SAM {arms['SAM']['mean']:.0f} %"
+        words = f"{title}:\n{plain['mean']:.0f} %, with SAM {arms['SAM']['mean']:.0f} %"
         each.set_title(words, loc="left", fontweight="bold", fontsize=11)
     seeds = [len(next(iter(arms.values()))["values"]) for arms in report.values()]
     picture.supxlabel(

@@ -64,7 +64,7 @@ def measure(params: optax.Params, data: Digits, samples: int, matvecs: int | Non
     worst = sharpness.worst_case_sharpness(loss_fn, params, batch, 0.5, progress=False)
     average = sharpness.average_sharpness(loss_fn, params, batch, 0.02, num_samples=samples, progress=False)
     measured = {
-        "test accuracy [%]": 100 * jnp.mean(guesses == data.test_labels),
+        "test accuracy, %": 100 * jnp.mean(guesses == data.test_labels),
         "training loss": loss_fn(params, batch),
         "lambda 1": top.values[0],
         "lambda 1 / lambda 5": top.ratio(5),

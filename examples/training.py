@@ -14,10 +14,24 @@ import jax
 import numpy as np
 import reporting
 from matplotlib.figure import Figure
-from reporting import align, gain_over, make_folder, number, show, spread, style
+from reporting import (
+    BLUE,
+    GOLD,
+    GREEN,
+    GREY,
+    RED,
+    VIOLET,
+    align,
+    gain_over,
+    make_folder,
+    number,
+    show,
+    spread,
+    style,
+)
 from tqdm import tqdm
 
-COLOURS = tuple(getattr(reporting, name) for name in ("GREY", "RED", "BLUE", "GREEN", "GOLD", "VIOLET"))
+COLOURS = (GREY, RED, BLUE, GREEN, GOLD, VIOLET)
 Curves = dict[str, dict[str, np.ndarray]]
 """Of each arm, by its name: of each metric, its values after every epoch. shape=(seeds, epochs)"""
 
