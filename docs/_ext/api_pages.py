@@ -275,8 +275,7 @@ def pages() -> dict[str, str]:
             about = f"```{{eval-rst}}\n.. automodule:: {module}\n```"
             texts[page] = f"# {module}\n\n{about}\n\n{reference(names, public)}"
     texts["index"] = (
-        "# API\n\nWhat all functions have in common is said once, on the page of "
-        "[conventions](../conventions.md).\n\n"
+        "# API\n\nRules that hold for all functions are on the page [Conventions](../conventions.md).\n\n"
     )
     for heading, lines in index.items():
         rows = "".join(f"| {{doc}}`{page}` | {line} |\n" for page, line in lines.items())
