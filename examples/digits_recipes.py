@@ -143,6 +143,14 @@ def _sam_sps(rho: float, setting: Setting) -> Pair:
     return variant, variant
 
 
+def _lookbehind(rho: float, setting: Setting) -> Pair:
+    # A whole optimizer, whose base optimizer makes k steps in each: its schedule counts these.
+    k = 2
+    longer = dataclasses.replace(setting, steps=k * setting.steps)
+    variant = optax_sam.lookbehind(longer.optimizer, rho, k=k, alpha=0.5)
+    return variant, variant
+
+
 def _msam(rho: float, setting: Setting) -> Pair:
     # A whole optimizer: it reads the momentum of the base optimizer, which therefore must have one.
     variant = optax_sam.msam(setting.optimizer, rho)
@@ -181,6 +189,7 @@ RECIPES = {
     "cr_sam": Recipe(_before_base(optax_sam.cr_sam), 0.85, gradients=3),
     "sampa": Recipe(_sampa, 4.0),
     "sam_sps": Recipe(_sam_sps, 0.35),
+    "lookbehind": Recipe(_lookbehind, 0.5, gradients=3),
     "looksam": Recipe(_before_base(lambda rho: optax_sam.looksam(rho, k=5, alpha=0.7)), 0.5, gradients=1.2),
     "ae_sam": Recipe(_before_base(optax_sam.ae_sam), 0.7, gradients=1.5),
     "weight_noise": Recipe(_before_base(optax_sam.weight_noise), 0.04, gradients=1, radius="scale"),

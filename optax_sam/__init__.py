@@ -45,6 +45,7 @@ from optax_sam.variants.hessian_sam import hessian_sam as hessian_sam
 from optax_sam.variants.ire import ire as ire
 from optax_sam.variants.ire import sampled_label_gradient as sampled_label_gradient
 from optax_sam.variants.le_sam import le_sam as le_sam
+from optax_sam.variants.lookbehind import lookbehind as lookbehind
 from optax_sam.variants.looksam import looksam as looksam
 from optax_sam.variants.msam import msam as msam
 from optax_sam.variants.msam import msam_eval_params as msam_eval_params

@@ -324,6 +324,23 @@ def sam_sps(
     return -rate * (g_p + decay * w), memory
 
 
+def lookbehind(
+    grad: Any, w: Any, t: int, memory: Any, *, rho: float, k: int, alpha: Any, rate: float, momentum: float
+) -> Any:
+    """Mordido et al., algorithm 1: up from point to point, down by momentum, and a part of the way back."""
+    velocity = np.zeros_like(w) if t == 0 else memory
+    p, fast = w, [w]
+    for _ in range(k):
+        p = p + rho * unit(grad(p))
+        velocity = momentum * velocity + grad(p)
+        fast.append(fast[-1] - rate * velocity)
+    first, way = fast[1] - w, fast[-1] - w
+    if alpha == "adaptive":
+        cosines = [first[i] @ way[i] / np.linalg.norm(first[i]) / np.linalg.norm(way[i]) for i in LEAVES]
+        alpha = np.repeat([(c + 1) / 2 for c in cosines], [4, 12, 1])
+    return alpha * way, velocity
+
+
 def msam(grad: Any, w: Any, t: int, memory: Any, *, rho: float, rate: float, momentum: float) -> Any:
     """Becker et al., equations of algorithm 1: down along the momentum, which is zero at first."""
     velocity = np.zeros_like(w) if t == 0 else memory
@@ -447,6 +464,10 @@ ORACLES: dict[str, Callable[..., Any]] = {
     "sampa": functools.partial(sampa, rho=0.1, rate=0.05, mix=0.3),
     "preconditioned_sam": functools.partial(preconditioned_sam, rho=0.1, power=0.4, decay=0.9),
     "sam_sps": functools.partial(sam_sps, rho=0.1, most=0.2, decay=0.01),
+    "lookbehind": functools.partial(lookbehind, rho=0.1, k=3, alpha=0.5, rate=0.01, momentum=0.9),
+    "lookbehind_adaptive": functools.partial(
+        lookbehind, rho=0.1, k=2, alpha="adaptive", rate=0.01, momentum=0.9
+    ),
     "msam": functools.partial(msam, rho=0.1, rate=0.01, momentum=0.9),
     "msam_along_update": functools.partial(msam_along_update, rho=0.1, rate=0.01, momentum=0.9),
     "gated_sam": functools.partial(gated, rule=functools.partial(sam, rho=0.1), is_open=lambda t: t % 3 == 0),

@@ -270,6 +270,7 @@ def test_pairs_of_another_gate_are_refused() -> None:
         (optax_sam.async_sam(0.1, reuse="perturbed"), "async_sam"),
         (optax_sam.eigen_sam(0.1), "eigen_sam"),
         (optax_sam.sam_sps(0.1), "sam_sps"),
+        (optax_sam.lookbehind(optax.sgd(0.1)), "lookbehind"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

@@ -749,3 +749,16 @@ def test_e17_on_perturbed_params(store):
     close(kept[0], (0.5, 0.95))
     close(kept[1], (0.0599503719021, 0.616990074380))
     close(kept[2], (-0.3261991337347449, 0.2894488474764095))
+
+
+def test_e22_lookbehind(store):
+    """Of the authors' code, executed: with both coordinates in one tensor, to which it adapts alpha."""
+    half = np.array((0.4253529447700142, 0.9492738063059344))
+    whole = 2 * half - W0
+    adapted = (-0.14929048408237472, 0.8985479327254597)
+    # A tensor of one entry goes straight on, and all the way.
+    expected = {0.5: half, 1.0: whole, "adaptive": adapted if store is in_an_array else whole}
+    for alpha, end in expected.items():
+        tx = optax_sam.lookbehind(optax.sgd(0.05), 0.1, k=2, alpha=alpha)
+        ((w, *_),) = walk(jax.jit(step_of(tx, tx)), tx, store(W0), (L1,))
+        close(w, end)
