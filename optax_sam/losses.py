@@ -1,13 +1,17 @@
-"""Losses of outputs that methods beside SAM's own add, or climb along."""
+"""Losses that methods beside SAM's own add, climb along, or descend along."""
 
 from __future__ import annotations
 
-from typing import Literal
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_sam import _checks
+from optax_sam._gradient import batch_size
 
 
 def bisam(logits: jax.Array, labels: jax.Array, *, form: Literal["log", "tanh"] = "log") -> jax.Array:
@@ -107,3 +111,96 @@ def trajectory(logits: jax.Array, past_logits: jax.Array, temperature: float = 5
     past = jax.nn.log_softmax(jax.lax.stop_gradient(past_logits) / temperature)
     present = jax.nn.log_softmax(logits / temperature)
     return temperature**2 * jnp.sum(jnp.exp(past) * (past - present), axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SharpestExamples:
+    r"""The loss of the examples that the perturbation harms most: ESAM's selection of data.
+
+    .. math::
+      L_S(w + \epsilon) = \frac{1}{|S|} \sum_{i \in S} \ell_i(w + \epsilon), \quad
+      S = \text{the } \gamma B \text{ examples with the largest } \ell_i(w + \epsilon) - \ell_i(w)
+
+    The ascent goes along the mean over all examples, `ascent_loss=loss.mean`. A step costs one gradient of
+    all examples, a forward pass of all at the perturbed point, and a gradient of the selected ones: about
+    :math:`4/3 + \gamma`, for under `jit` the compiler finds that the losses at params are known from the
+    ascent. Call what `sam_value_and_grad` returns with the params once more, `clean_params=params`.
+
+    Each device, shard or microbatch selects among its own examples. In a batch that `jit` spreads over
+    devices all are compared, and the selected ones move between devices: take `jax.shard_map` there.
+
+    Attributes:
+      example_losses: `(params, *args, **kwargs) -> losses`, one value for each example, shape=(B,).
+      fraction: The part :math:`\gamma` of the examples that is kept, in (0, 1], rounded to at least one;
+        1 recovers SAM.
+      batch_argnums: Which positional arguments are batches, as in `sam_value_and_grad`.
+      has_aux: Whether `example_losses` returns a pair, of which aux is the second.
+
+    Raises:
+      TypeError, ValueError: If an argument is out of its range, or the losses are not one for each example.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_sam
+      >>> def example_losses(params, x, y):
+      ...     return (x @ params - y) ** 2
+      >>> loss = optax_sam.losses.SharpestExamples(example_losses, 0.5, batch_argnums=(1, 2))
+      >>> sam = optax_sam.sam(rho=0.1)  # ESAM's other half is `ascent=optax_sam.ascent.random_mask(0.6)`.
+      >>> value_and_grad = optax_sam.sam_value_and_grad(loss, sam, ascent_loss=loss.mean)
+      >>> params, x, y = jnp.array([1.0, 2.0]), jnp.eye(2), jnp.zeros(2)
+      >>> value, grads = value_and_grad(params, x, y, clean_params=params, state=sam.init(params))
+      >>> print(value, [f"{g:.3f}" for g in grads.perturbed])
+      2.5 ['0.000', '4.179']
+
+    References:
+      Du et al., `Efficient Sharpness-Aware Minimization for Improved Training of Neural Networks
+      <https://arxiv.org/abs/2110.03141>`_, ICLR 2022; the authors' code keeps one example less, for it takes
+      those above the last of the largest.
+    """
+
+    example_losses: Callable[..., Any]
+    fraction: float
+    batch_argnums: int | Sequence[int] = 1
+    has_aux: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be."""
+        _checks.static("fraction", self.fraction)
+        _checks.number("fraction", self.fraction, low=0.0, high=1.0, above=True)
+        for position in _checks.positions("batch_argnums", self.batch_argnums):
+            _checks.number("batch_argnums", position, low=1)  # Params are argument 0.
+
+    def _losses(self, params: Any, args: Sequence[Any], kwargs: Any) -> tuple[jax.Array, Any]:
+        """The loss of each example, and aux if there is one."""
+        output: Any = self.example_losses(params, *args, **kwargs)
+        losses, aux = _checks.value_and_aux(output) if self.has_aux else (_checks.value(output), None)
+        size = batch_size(self._batch(args))
+        if np.shape(losses) != (size,):
+            msg = (
+                "`example_losses` must return one value for each example, without a mean over the batch: "
+                f"shape {(size,)}, got {np.shape(losses)}."
+            )
+            raise ValueError(msg)
+        return losses, aux
+
+    def _batch(self, args: Sequence[Any]) -> list[Any]:
+        return [args[i - 1] for i in _checks.positions("batch_argnums", self.batch_argnums)]
+
+    def _mean(self, params: Any, args: Sequence[Any], kwargs: Any) -> Any:
+        losses, aux = self._losses(params, args, kwargs)
+        return (jnp.mean(losses), aux) if self.has_aux else jnp.mean(losses)
+
+    def mean(self, params: Any, *args: Any, clean_params: Any, **kwargs: Any) -> Any:
+        """The mean over all examples: what the ascent goes along. With `has_aux` a pair of it and aux."""
+        del clean_params
+        return self._mean(params, args, kwargs)
+
+    def __call__(self, params: Any, *args: Any, clean_params: Any, **kwargs: Any) -> Any:
+        """The mean over the selected examples. With `has_aux` a pair of it and aux."""
+        before, _ = self._losses(clean_params, args, kwargs)
+        after, _ = self._losses(jax.lax.stop_gradient(params), args, kwargs)
+        count = max(1, round(self.fraction * len(before)))
+        _, chosen = jax.lax.top_k(after - before, count)
+        selected = list(args)
+        for i in _checks.positions("batch_argnums", self.batch_argnums):
+            selected[i - 1] = jax.tree.map(lambda x: jnp.take(x, chosen, axis=0), args[i - 1])
+        return self._mean(params, selected, kwargs)

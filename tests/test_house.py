@@ -9,13 +9,13 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "optax_sam"
 # From the ground up: a file imports from files that stand before it only.
 FLOORS = (
     "_checks _tree",
-    "ascent schedules losses _loss",
+    "ascent schedules _loss",
     "_state _types",
     "_variant",
     "gates",
     "variants",
     "_gradient _shards",
-    "_value_and_grad",
+    "_value_and_grad losses",
     "nnx linen equinox",
     "sharpness",
     "landscape",

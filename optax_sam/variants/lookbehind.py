@@ -119,8 +119,13 @@ def lookbehind(
             moves.append(optax.tree.add(moves[-1], _tree.upcast(update)))
         if not isinstance(alpha, str):
             return jax.tree.map(lambda m: alpha * m, moves[-1]), memory
-        shares = jax.tree.map(lambda a, b: (1.0 + _tree.cosine(a, b)) / 2.0, moves[1], moves[-1])
-        return jax.tree.map(jnp.multiply, shares, moves[-1]), memory
+
+        def part_of(first: jax.Array, whole: jax.Array) -> jax.Array:
+            # Of unit vectors: one whose length leaves the range of floats has no direction.
+            cosine = _tree.dot(_tree.unit(first), _tree.unit(whole))
+            return (1.0 + cosine) / 2.0 * whole
+
+        return jax.tree.map(part_of, moves[1], moves[-1]), memory
 
     return sharpness_aware(
         rho,

@@ -1,0 +1,139 @@
+"""ESAM's selection of examples, `losses.SharpestExamples`: what it selects, where, and at what cost."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import pytest
+from timing import flops
+
+import optax_sam
+
+SharpestExamples = optax_sam.losses.SharpestExamples
+
+
+def tree(flat):
+    parts = zip(oracles.SHAPES.items(), oracles.LEAVES, strict=True)
+    return {name: jnp.asarray(flat[part]).reshape(shape) for (name, shape), part in parts}
+
+
+def flat(params):
+    return np.concatenate([np.ravel(params[name]) for name in oracles.SHAPES])
+
+
+def example_losses(params, x):
+    """Those whose mean is `oracles.loss`."""
+    hidden = jnp.tanh(x @ params["kernel"] + params["bias"])
+    residual = params["scale"] * jnp.sum(hidden, axis=1) - jnp.sin(jnp.sum(x, axis=1))
+    return residual**2 / 2 + residual**3 / 20
+
+
+def esam(w, x, *, rho, count):
+    """Du et al., algorithm 1 with all weights: descend on the examples whose loss rose most."""
+    up = w + rho * oracles.unit(oracles.gradient(w, x))
+    rise = [oracles.loss(up, one[None]) - oracles.loss(w, one[None]) for one in x]
+    return oracles.gradient(up, x[np.argsort(rise)[-count:]])
+
+
+def step_of(fraction, **options):
+    loss = SharpestExamples(example_losses, fraction)
+    sam = optax_sam.sam(0.5)
+    return jax.jit(
+        functools.partial(optax_sam.sam_value_and_grad(loss, sam, ascent_loss=loss.mean, **options))
+    ), sam
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize(("fraction", "count"), [(0.01, 1), (0.5, 4), (0.7, 6), (1.0, 8)])
+def test_selects_what_rose_most(fraction, count):
+    value_and_grad, sam = step_of(fraction)
+    w = oracles.first_params()
+    params = tree(w)
+    for x in oracles.batches()[:3]:
+        value, grads = value_and_grad(params, x, clean_params=params, state=sam.init(params))
+        np.testing.assert_allclose(value, oracles.loss(w, x), rtol=1e-12)
+        np.testing.assert_allclose(flat(grads.clean), oracles.gradient(w, x), rtol=1e-10)
+        np.testing.assert_allclose(flat(grads.perturbed), esam(w, x, rho=0.5, count=count), rtol=1e-10)
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_every_shard_selects_its_own():
+    w, (x, *_) = oracles.first_params(), oracles.batches()
+    params = tree(w)
+    expected = np.mean([esam(w, part, rho=0.5, count=2) for part in np.split(x, 2)], axis=0)
+    for mode in ("vmap", "loop"):
+        value_and_grad, sam = step_of(0.5, num_shards=2, shard_mode=mode, batch_argnums=1)
+        _, grads = value_and_grad(params, x, clean_params=params, state=sam.init(params))
+        np.testing.assert_allclose(flat(grads.perturbed), expected, rtol=1e-10)
+
+
+def test_e13_the_selection():
+    before, after = jnp.array([0.2, 0.9, 0.4, 1.5]), jnp.array([0.5, 1.0, 1.1, 1.6])
+    loss = SharpestExamples(lambda t, a, b: a + t * (b - a), 0.5, batch_argnums=(1, 2))
+    value, slope = jax.value_and_grad(loss)(1.0, before, after, clean_params=0.0)
+    np.testing.assert_allclose((value, slope), ((0.5 + 1.1) / 2, (0.3 + 0.7) / 2), rtol=1e-6)
+
+
+def test_aux_and_keywords():
+    """Aux of the clean pass, of all examples; keywords reach the losses."""
+
+    def with_aux(params, x, *, scale):
+        losses = scale * example_losses(params, x)
+        return losses, {"examples": len(x), "losses": losses}
+
+    loss, sam = SharpestExamples(with_aux, 0.5, has_aux=True), optax_sam.sam(0.1)
+    params, x = tree(oracles.first_params()), jnp.asarray(oracles.batches()[0])
+    value_and_grad = jax.jit(optax_sam.sam_value_and_grad(loss, sam, ascent_loss=loss.mean, has_aux=True))
+    (value, aux), _ = value_and_grad(params, x, clean_params=params, scale=3.0, state=sam.init(params))
+    assert aux["examples"] == 8
+    np.testing.assert_allclose(aux["losses"], 3 * example_losses(params, x), rtol=1e-5)
+    np.testing.assert_allclose(value, jnp.mean(aux["losses"]), rtol=1e-5)
+
+
+def test_cost():
+    """A gradient, a forward pass and a part of a gradient: the losses at params are known already."""
+    params = [jnp.ones((64, 256)), jnp.ones((256, 256)), jnp.ones((256, 10))]
+    x, y = jnp.ones((512, 64)), jnp.arange(512) % 10
+
+    def losses(params, x, y):
+        for w in params[:-1]:
+            x = jax.nn.relu(x @ w)
+        return optax.losses.softmax_cross_entropy_with_integer_labels(x @ params[-1], y)
+
+    def mean(params, x, y):
+        return jnp.mean(losses(params, x, y))
+
+    sam = optax_sam.sam(0.1)
+    state = sam.init(params)
+
+    def count(function, *args, **kwargs):
+        return flops(jax.jit(function).lower(*args, **kwargs).compile())
+
+    forward, gradient = count(mean, params, x, y), count(jax.grad(mean), params, x, y)
+    loss = SharpestExamples(losses, 0.25, batch_argnums=(1, 2))
+    value_and_grad = optax_sam.sam_value_and_grad(loss, sam, ascent_loss=loss.mean)
+
+    def step(params, x, y, state):
+        return value_and_grad(params, x, y, clean_params=params, state=state)
+
+    total = count(step, params, x, y, state)
+    assert 1.25 * gradient + forward <= total <= 1.02 * (1.25 * gradient + forward)
+
+
+def test_mistakes():
+    def scalar(params, x):
+        return jnp.mean(example_losses(params, x))
+
+    params, x = tree(oracles.first_params()), jnp.asarray(oracles.batches()[0])
+    with pytest.raises(ValueError, match=r"one value for each example, .* shape \(8,\), got \(\)"):
+        SharpestExamples(scalar, 0.5)(params, x, clean_params=params)
+    for fraction in (0.0, 1.5):
+        with pytest.raises(ValueError, match=r"`fraction` must be a number in the range \(0.0, 1.0\]"):
+            SharpestExamples(example_losses, fraction)
+    with pytest.raises(ValueError, match="`batch_argnums` must be"):
+        SharpestExamples(example_losses, 0.5, batch_argnums=0)
+    with pytest.raises(TypeError, match="clean_params"):
+        SharpestExamples(example_losses, 0.5)(params, x)
