@@ -189,6 +189,8 @@ RECIPES = {
     "cr_sam": Recipe(_before_base(optax_sam.cr_sam), 0.85, gradients=3),
     "sampa": Recipe(_sampa, 4.0),
     "sam_sps": Recipe(_sam_sps, 0.35),
+    "ssam_f": Recipe(_before_base(lambda rho: optax_sam.ssam_f(rho, every=20)), 0.85),
+    "ssam_d": Recipe(_before_base(lambda rho: optax_sam.ssam_d(rho, every=20)), 1.0),
     "lookbehind": Recipe(_lookbehind, 0.5, gradients=3),
     "looksam": Recipe(_before_base(lambda rho: optax_sam.looksam(rho, k=5, alpha=0.7)), 0.5, gradients=1.2),
     "ae_sam": Recipe(_before_base(optax_sam.ae_sam), 0.7, gradients=1.5),

@@ -57,6 +57,8 @@ from optax_sam.variants.same import custom_same as custom_same
 from optax_sam.variants.same import same as same
 from optax_sam.variants.same import saner as saner
 from optax_sam.variants.sampa import sampa as sampa
+from optax_sam.variants.sparse_sam import ssam_d as ssam_d
+from optax_sam.variants.sparse_sam import ssam_f as ssam_f
 from optax_sam.variants.stable_sam import stable_sam as stable_sam
 from optax_sam.variants.unified_sam import unified_sam as unified_sam
 from optax_sam.variants.vasso import vasso as vasso

@@ -1,10 +1,12 @@
 """Tree arithmetic that `optax.tree` lacks: in float32 or better, and right on sharded leaves."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 _SMALL = 4096  # Entries of a leaf that is reduced together with others.
@@ -223,3 +225,40 @@ def blend(old: Any, new: Any, weight: Any) -> Any:
 def select(predicate: jax.Array, if_true: Any, if_false: Any) -> Any:
     """`jnp.where` for trees."""
     return jax.tree.map(lambda x, y: jnp.where(predicate, x, y), if_true, if_false)
+
+
+def count_of(tree: Any, fraction: Any) -> jax.Array:
+    """How many of all entries of a tree a fraction of them is, rounded."""
+    total = sum(x.size for x in jax.tree.leaves(tree))
+    # Integers of 32 bits are exact; of more entries than these can count a share of 1e-7 is lost.
+    number = jnp.uint32 if total < 2**32 else jnp.float32
+    if isinstance(fraction, jax.Array):
+        return jnp.round(fraction * total).astype(number)
+    return jnp.asarray(np.round(np.float64(fraction) * total).astype(number))
+
+
+def count_true(mask: Any, dtype: Any) -> jax.Array:
+    """How many entries of a tree of booleans are true; no leaf has more of them than 32 bits can count."""
+    total = jnp.zeros((), dtype)
+    for x in jax.tree.leaves(mask):
+        total += jnp.sum(x, dtype=jnp.uint32).astype(dtype)
+    return total
+
+
+@functools.partial(jax.jit, inline=True)  # Outside of a trace its loop would be compiled in every call.
+def smallest(sizes: Any, count: jax.Array) -> Any:
+    """Marks the count smallest of all entries of a tree, which are >= 0; ties all count."""
+    # Floats that are not negative are ordered as the integers of their bits. So the count-th smallest is
+    # found bit by bit: no sort, and nothing is gathered from the devices but counts.
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(sizes))
+    unsigned = jnp.uint64 if dtype == jnp.float64 else jnp.uint32
+    bits = jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x.astype(dtype), unsigned), sizes)
+    one, highest = jnp.ones((), unsigned), 8 * dtype.itemsize - 2
+
+    def add_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
+        larger = threshold | (one << (highest - i).astype(unsigned))
+        below = count_true(jax.tree.map(lambda x: x < larger, bits), count.dtype)
+        return jnp.where(below < count, larger, threshold)
+
+    threshold = jax.lax.fori_loop(0, highest + 1, add_bit, jnp.zeros((), unsigned))
+    return jax.tree.map(lambda x: (x <= threshold) & (count > 0), bits)

@@ -297,6 +297,42 @@ def eigen_sam(
     return grad(w + rho * e), v
 
 
+def ssam_f(grad: Any, w: Any, t: int, memory: Any, *, rho: float, sparsity: float, every: int) -> Any:
+    """Mi et al., algorithm 2, with the gradients of batches: the largest of the summed squares."""
+    mask, squares = (np.zeros_like(w),) * 2 if t == 0 else np.split(memory, 2)
+    g = grad(w)
+    direction = grad(w + rho * mask * unit(g))
+    squares = squares + g**2
+    if t % every == 0:
+        mask, squares = squares >= np.sort(squares)[round(sparsity * SIZE)], np.zeros_like(w)
+    return direction, np.concatenate([mask, squares])
+
+
+def ssam_d(
+    grad: Any,
+    w: Any,
+    t: int,
+    memory: Any,
+    *,
+    draws: Any,
+    rho: float,
+    sparsity: float,
+    every: int,
+    drop: float,
+) -> Any:
+    """Mi et al., algorithm 3: the smallest gradients leave the mask, and as many others are drawn."""
+    mask = np.zeros_like(w) if t == 0 else memory
+    g = grad(w)
+    direction = grad(w + rho * mask * unit(g))
+    if t % every == 0:
+        live = SIZE - round(sparsity * SIZE)
+        inside, outside = np.flatnonzero(mask), np.flatnonzero(mask == 0)
+        kept = inside[np.argsort(-np.abs(g[inside]))][: live - int(drop * live)]
+        drawn = outside[np.argsort(draws[t][outside])][: live - len(kept)]
+        mask = np.isin(np.arange(SIZE), [*kept, *drawn]).astype(float)
+    return direction, mask
+
+
 def sampa(grad: Any, w: Any, t: int, memory: Any, *, rho: float, rate: float, mix: float) -> Any:
     """Xie et al.: perturbed along the gradient at the auxiliary point, which a descent step follows."""
     m = np.zeros_like(w) if t == 0 else memory
@@ -461,6 +497,8 @@ ORACLES: dict[str, Callable[..., Any]] = {
     "async_sam_perturbed": functools.partial(one_gradient, rho=0.1),
     "cr_sam": functools.partial(cr_sam, rho=0.1, gamma=0.2, beta=0.1),
     "eigen_sam": functools.partial(eigen_sam, rho=0.1, alpha=0.3, every=2, n=3),
+    "ssam_f": functools.partial(ssam_f, rho=0.1, sparsity=0.4, every=2),
+    "ssam_d": functools.partial(ssam_d, rho=0.1, sparsity=0.4, every=2, drop=0.35),
     "sampa": functools.partial(sampa, rho=0.1, rate=0.05, mix=0.3),
     "preconditioned_sam": functools.partial(preconditioned_sam, rho=0.1, power=0.4, decay=0.9),
     "sam_sps": functools.partial(sam_sps, rho=0.1, most=0.2, decay=0.01),

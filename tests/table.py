@@ -392,6 +392,21 @@ ROWS = (
         algebra=20_000,  # A product costs almost two gradients, and counts as one.
     ),
     _row(
+        "ssam_f",
+        optax_sam.ssam_f,
+        kwargs={"rho": 0.1, "sparsity": 0.4, "every": 2},
+        memory_copies=2,
+        algebra=60,
+    ),
+    _row(
+        "ssam_d",
+        optax_sam.ssam_d,
+        kwargs={"rho": 0.1, "sparsity": 0.4, "every": 2, "drop": 0.35, "key": 5},
+        memory_copies=1,
+        static_args=("key",),
+        algebra=200,
+    ),
+    _row(
         "sampa",
         optax_sam.sampa,
         kwargs={"learning_rate": 0.05, "rho": 0.1, "mix": 0.3},

@@ -307,7 +307,7 @@ def test_map_params(row: Row) -> None:
     found = optax.tree.get(marked, "SAMState")
     assert found.step == 0
     chex.assert_trees_all_equal(found.rho, optax.tree.get(state, "SAMState").rho)
-    reached = [bool(jnp.all(x == 7.0)) for x in jax.tree.leaves(found.memory)]
+    reached = [bool(jnp.all(x == jnp.full_like(x, 7.0))) for x in jax.tree.leaves(found.memory)]
     assert sum(reached) >= row.memory_copies * len(jax.tree.leaves(table.params()))
     assert all(reached) or row.memory_scalars
 

@@ -5,6 +5,7 @@ same: a norm that was taken leaf by leaf would show.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -762,3 +763,31 @@ def test_e22_lookbehind(store):
         tx = optax_sam.lookbehind(optax.sgd(0.05), 0.1, k=2, alpha=alpha)
         ((w, *_),) = walk(jax.jit(step_of(tx, tx)), tx, store(W0), (L1,))
         close(w, end)
+
+
+def test_e18_with_a_mask_that_finds_itself(store):
+    """The first step is a plain one; from then on the coordinate of the large gradient is perturbed."""
+    params, variant = store(W0), optax_sam.ssam_f(0.1, sparsity=0.5)
+    state = variant.init(params)
+    for u in (G0, (10.9950371902, 1.0)):
+        _, grads = optax_sam.sam_value_and_grad(loss, variant)(params, L1, state=state)
+        updates, state = variant.update(grads, state, params)
+        close(flat(updates), u)
+
+
+def test_the_mask_of_ssam_d_keeps_its_size():
+    """From draw to draw, where a schedule drops all, where gradients vanish, and where all but one live."""
+    params = jnp.linspace(0.0, 1.0, 40)
+    for sparsity, live in ((0.9, 4), (0.5, 20), (0.02, 39), (0.0, 40)):
+        variant = optax_sam.ssam_d(
+            0.1, sparsity, every=1, drop=lambda step: jnp.where(step % 2 == 0, 1.0, 0.3)
+        )
+        state, masks = variant.init(params), []
+        for gradient in (params, params, jnp.zeros(40), params):
+            _, state = variant.update(optax_sam.SAMGradients(gradient, gradient), state, params)
+            masks.append(state.memory.mask)
+            assert np.sum(masks[-1]) == live
+        # All but those few that nothing can replace are dropped, or a third of them.
+        stay = [int(np.sum(a & b)) for a, b in itertools.pairwise(masks)]
+        dropped = [min(int(d * live), 40 - live) for d in (0.3, 1.0, 0.3)]
+        assert stay == [live - d for d in dropped]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optax_sam import _checks, _tree
@@ -124,35 +122,7 @@ def ire(
 def _flattest(gradient: optax.Updates, fraction: Any) -> Any:
     """Marks the fraction of all coordinates with the smallest absolute gradient; ties all count."""
     sizes = jax.tree.map(jnp.abs, _tree.upcast(gradient))
-    total = sum(x.size for x in jax.tree.leaves(sizes))
-    # Integers of 32 bits are exact; of more coordinates than these can count a share of 1e-7 is lost.
-    number = jnp.uint32 if total < 2**32 else jnp.float32
-    if isinstance(fraction, jax.Array):
-        count = jnp.round(fraction * total).astype(number)
-    else:
-        count = jnp.asarray(np.round(np.float64(fraction) * total).astype(number))
-    return _smallest(sizes, count)
-
-
-@functools.partial(jax.jit, inline=True)  # Outside of a trace its loop would be compiled in every call.
-def _smallest(sizes: Any, count: jax.Array) -> Any:
-    """Marks the count smallest of all entries, which are >= 0; ties all count."""
-    # Floats that are not negative are ordered as the integers of their bits. So the count-th smallest is
-    # found bit by bit: no sort, and nothing is gathered from the devices but counts.
-    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(sizes))
-    unsigned = jnp.uint64 if dtype == jnp.float64 else jnp.uint32
-    bits = jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x.astype(dtype), unsigned), sizes)
-    one, highest = jnp.ones((), unsigned), 8 * dtype.itemsize - 2
-
-    def add_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
-        larger = threshold | (one << (highest - i).astype(unsigned))
-        below = jnp.zeros((), count.dtype)
-        for x in jax.tree.leaves(bits):
-            below += jnp.sum(x < larger, dtype=jnp.uint32).astype(count.dtype)
-        return jnp.where(below < count, larger, threshold)
-
-    threshold = jax.lax.fori_loop(0, highest + 1, add_bit, jnp.zeros((), unsigned))
-    return jax.tree.map(lambda x: (x <= threshold) & (count > 0), bits)
+    return _tree.smallest(sizes, _tree.count_of(sizes, fraction))
 
 
 def sampled_label_gradient(
