@@ -66,6 +66,7 @@ from optax_sam.variants.weight_noise import weight_noise as weight_noise
 from optax_sam.variants.wsam import decoupled_wsam as decoupled_wsam
 from optax_sam.variants.wsam import wsam as wsam
 from optax_sam.variants.xsam import xsam as xsam
+from optax_sam.variants.xsam import xsam_alpha as xsam_alpha
 
 __version__ = "0.2.0"
 
