@@ -40,9 +40,9 @@ def xsam(
       rho: The radius, >= 0, or a schedule of the step; 0 recovers the base optimizer. The authors' code takes
         0.15; 0.05 is the default of `sam` here, because the step is as long as SAM's.
       alpha: How far to go from the clean direction to the perturbed one and beyond, >= 0, or a schedule of
-        the step: 0 is the clean direction, 1 SAM. The paper searches the best one in [0, 2] by losses at a larger
-        radius, once an epoch, as `xsam_alpha` does. Unless told otherwise it is fixed, at the middle of the
-        range beyond SAM.
+        the step: 0 is the clean direction, 1 SAM. The paper searches the best one in [0, 2] by losses at a
+        larger radius, once an epoch, as `xsam_alpha` does. Unless told otherwise it is fixed, at the middle
+        of the range beyond SAM.
       ascent: The ascent rule; None for `optax_sam.ascent.normalized()`.
 
     Returns:
