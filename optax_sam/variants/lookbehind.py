@@ -117,15 +117,9 @@ def lookbehind(
             fast = _tree.displace(params, moves[-1])
             update, memory = base.update(_tree.cast_like(gradient, params), memory, fast, **extra_args)
             moves.append(optax.tree.add(moves[-1], _tree.upcast(update)))
-        if not isinstance(alpha, str):
-            return jax.tree.map(lambda m: alpha * m, moves[-1]), memory
-
-        def part_of(first: jax.Array, whole: jax.Array) -> jax.Array:
-            # Of unit vectors: one whose length leaves the range of floats has no direction.
-            cosine = _tree.dot(_tree.unit(first), _tree.unit(whole))
-            return (1.0 + cosine) / 2.0 * whole
-
-        return jax.tree.map(part_of, moves[1], moves[-1]), memory
+        if isinstance(alpha, str):
+            return jax.tree.map(_adapted, moves[1], moves[-1]), memory
+        return jax.tree.map(lambda m: alpha * m, moves[-1]), memory
 
     return sharpness_aware(
         rho,
@@ -137,6 +131,13 @@ def lookbehind(
         is_optimizer=True,
         has_plain_step=False,
     )
+
+
+def _adapted(first: jax.Array, whole: jax.Array) -> jax.Array:
+    """The part of the whole way of a leaf that its first step speaks for."""
+    # Of unit vectors: one whose length leaves the range of floats has no direction.
+    cosine = _tree.dot(_tree.unit(first), _tree.unit(whole))
+    return (1.0 + cosine) / 2.0 * whole
 
 
 _NEEDS_GRADIENTS = (
