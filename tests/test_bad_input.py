@@ -465,6 +465,17 @@ def test_bsam_needs_params() -> None:
         variant.update(optax_sam.SAMGradients(PARAMS, PARAMS), variant.init(PARAMS))
 
 
+def test_lookbehind_needs_params_and_all_gradients() -> None:
+    variant = optax_sam.lookbehind(optax.sgd(0.1), k=3)
+    state = variant.init(PARAMS)
+    with pytest.raises(ValueError, match="`lookbehind` needs the params"):
+        variant.update(optax_sam.SAMGradients(PARAMS, PARAMS), state)
+    with pytest.raises(
+        TypeError, match=r"needs the gradients of all its points: .*statistics=grads.statistics"
+    ):
+        variant.update(PARAMS, state, PARAMS, clean_updates=PARAMS)
+
+
 def test_bsam_sample_needs_its_state() -> None:
     with pytest.raises(ValueError, match=r"`state` must be the state of `optax_sam.bsam`"):
         optax_sam.bsam_sample(jax.random.key(0), PARAMS, SAM.init(PARAMS), 10)

@@ -3,6 +3,7 @@ SAM, and properties of norms, perturbations and classes for all trees."""
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,6 +107,7 @@ def at_zero(row):
     return twin(f"{row.name}_at_zero", variant, "base", tx=variant if row.whole_optimizer else None)
 
 
+LOOKBEHIND = optax_sam.lookbehind(optax.sgd(0.01, momentum=0.9), RHO, k=1, alpha=1.0)
 DECOUPLED = optax_sam.decoupled_wsam(optax.sgd(0.01, momentum=0.9), 0.01, RHO, 0.0)
 AT_ZERO = [row for row in table.ROWS if row.base_at_zero]
 
@@ -149,6 +151,7 @@ TWINS = dict(
         twin("le_sam_far", optax_sam.le_sam(1e9, RHO)),
         twin("xsam_one", optax_sam.xsam(RHO, 1.0)),
         twin("decoupled_zero", DECOUPLED, "base", tx=DECOUPLED),
+        twin("lookbehind_one", LOOKBEHIND, tx=LOOKBEHIND),
         twin("looksam", optax_sam.looksam(RHO, k=1)),
         twin("looksam_per_leaf", optax_sam.looksam(RHO, k=1, per_leaf=True)),
         twin("same", optax_sam.same(RHO)),
@@ -655,3 +658,24 @@ def test_the_classes_partition_the_coordinates(drawn, scale):
     np.testing.assert_allclose(fractions, np.array(counts) / max(g.size, 1), rtol=1e-6)
     scaled = jax.tree.map(lambda x: scale * x, optax_sam.SAMGradients(clean, perturbed))
     np.testing.assert_array_equal(FRACTIONS(scaled), fractions)
+
+
+def test_lookbehind_at_zero_is_k_steps_along_one_gradient():
+    """Its base optimizer decays the fast weights, and counts every step."""
+    base, params, x = (
+        optax.adamw(0.1, weight_decay=0.5),
+        table.params(jnp.float64),
+        table.batch(dtype=jnp.float64),
+    )
+    tx = optax_sam.lookbehind(base, 0.0, k=3, alpha=1.0)
+    state = tx.init(params)
+    _, grads = optax_sam.sam_value_and_grad(LOSSES["table"], tx)(params, x, state=state)
+    updates, state = tx.update(grads, state, params)
+    end, of_base = params, base.init(params)
+    for _ in range(3):
+        step, of_base = base.update(grads.clean, of_base, end)
+        end = optax.apply_updates(end, step)
+    chex.assert_trees_all_close(
+        (optax.apply_updates(params, updates), state.memory), (end, of_base), rtol=1e-12
+    )
+    assert optax.tree.get(state, "count") == 3
