@@ -260,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
         short = ["--quick"] if options.quick else ["--seeds", "2"]
         train_digits.main([*short, "--output", str(options.output / "digits")])
-    timing.save(figure(report.found), options, "accelerator")
+    timing.save(figure(report.found), options, "accelerator", report.found)
     return report.found
 
 

@@ -114,10 +114,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         report[task] = summarize(scores, times, radii[task])
         print(f"{task}: done", flush=True)
     words = reporting.conclude(options, meaning(report))
-    content = {"machine": timing.machine(), "seeds": options.seeds, "epochs": options.epochs, "tasks": report}
+    content = {"seeds": options.seeds, "epochs": options.epochs, "tasks": report, "meaning": words}
     print(f"\n{text_of(content)}\n\n{words}")
-    (options.output / "cheap_sam.json").write_text(json.dumps({**content, "meaning": words}, indent=1) + "\n")
-    timing.save(figure(report), options, "cheap_sam")
+    timing.save(figure(report), options, "cheap_sam", content)
     return report
 
 

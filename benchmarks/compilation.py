@@ -83,13 +83,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[list[str]]]:
     options = timing.parse(parser, argv)
     if options.quick:
         options.repeats, options.rounds = 1, 2
-    tables = {}
+    tables, shown = {}, {}
     columns = ["way", "compile, s", "of inline's", "temporary, MB", "step, ms", "of inline's (quartiles)"]
     for name, (build, shape, classes, examples) in (QUICK if options.quick else NETWORKS).items():
         problem = networks.of(build(), name == "transformer", shape, classes, examples)
         tables[name] = rows_of(problem, options.repeats, options.rounds)
-        print(f"\n{name}, {problem.size:,} params\n\n{timing.markdown(columns, tables[name])}", flush=True)
-    timing.save(figure(tables), options, "compilation")
+        shown[f"{name}, {problem.size:,} params:"] = tables[name]
+    content = {"columns": columns, "tables": shown}
+    print(f"\n{text_of(content)}")
+    timing.save(figure(tables), options, "compilation", content)
     return tables
 
 
@@ -121,6 +123,9 @@ def rows_of(problem: networks.Problem, repeats: int, rounds: int) -> list[list[s
             ]
         )
     return rows
+
+
+text_of = timing.tables_of
 
 
 def figure(tables: dict[str, list[list[str]]]) -> Any:

@@ -120,9 +120,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             cells = [name, f"{batch_size}", f"{1e3 * row['seconds']:.3f}", f"{row['base']:.2f}"]
             rows.append([*cells, "" if "sgd" in name else f"{against:.2f}"])
     columns = ["step", "batch", "ms", "time (its sgd = 1)", "optax_sam's time (this = 1)"]
-    print("\nMLP 64-256-256-10, float32:\n\n" + timing.markdown(columns, rows))
-    timing.save(figure(report), options, "peers")
+    content = {"columns": columns, "tables": {"MLP 64-256-256-10, float32:": rows}}
+    print(f"\n{text_of(content)}")
+    timing.save(figure(report), options, "peers", content)
     return report
+
+
+text_of = timing.tables_of
 
 
 def figure(report: dict[str, Any]) -> Any:

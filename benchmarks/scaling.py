@@ -145,11 +145,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     columns = ["rule", "params", "leaves", "ms", "floor / time", "floor, GB/s", "compile, CPU s"]
 
     by_size = [measure(size, 10, options.variants, options.rounds) for size in options.sizes]
-    print("\nBy the number of params:\n\n" + timing.markdown(columns, rows_of(by_size)), flush=True)
+    print(f"{len(by_size)} sizes: done", flush=True)
     # Variants that have no pass of their own are enough for the leaves.
     few = [name for name in ("sam", "gsam") if name in options.variants]
     by_leaves = [measure(10**6, leaves, few, options.rounds) for leaves in options.leaves]
-    print("\nBy the number of leaves:\n\n" + timing.markdown(columns, rows_of(by_leaves)))
+    tables = {"By the number of params:": rows_of(by_size), "By the number of leaves:": rows_of(by_leaves)}
+    content = {"columns": columns, "tables": tables}
+    print(f"\n{text_of(content)}")
 
     report = (
         {name: exponent([one[name] for one in by_size], "size", "seconds") for name in by_size[0]},
@@ -159,8 +161,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for growth, what in zip(report, () if options.quick else words, strict=not options.quick):
         powers = ", ".join(f"{name} {power:.2f}" for name, power in growth.items())
         print(f"\n{what}, between the two largest numbers, to the power of: {powers}.")
-    timing.save(figure(by_size, by_leaves), options, "scaling")
+    timing.save(figure(by_size, by_leaves), options, "scaling", content)
     return {"by_size": by_size, "by_leaves": by_leaves, "exponents": report}
+
+
+text_of = timing.tables_of
 
 
 def figure(by_size: Any, by_leaves: Any) -> Any:

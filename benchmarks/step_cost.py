@@ -243,6 +243,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[list[str]]]:
     columns += ["of the matmul rate"] if rate else []
     guards = "; rules by hand with guards" if options.guarded else ""
     tables: dict[str, list[list[str]]] = {}
+    content: dict[str, Any] = {"columns": columns, "tables": {}}
     for name in options.networks:
         examples = options.batch_size
         if options.devices > 1 and examples is None:
@@ -251,17 +252,25 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[list[str]]]:
         found = programs(problem, variants, options.devices, options.first_calls, options.guarded)
         tables[name] = rows_of(found, options.rounds, rate)
         first = jax.tree.leaves(problem.batch)[0]
-        print(f"\n{name}, {problem.size} params, inputs {first.shape}, {options.dtype}{guards}:\n")
-        print(timing.markdown(columns, tables[name]), flush=True)
+        title = f"{name}, {problem.size} params, inputs {first.shape}, {options.dtype}{guards}:"
+        content["tables"][title] = tables[name]
+        print(f"\n{title}\n\n{timing.markdown(columns, tables[name])}", flush=True)
         if options.trace:
             for step, program in found.items():
                 with jax.profiler.trace(str(options.trace / name / step.replace(", ", "_"))):
                     jax.block_until_ready(program.compiled(*program.arguments))
     if options.rounds:
-        timing.save(figure(tables, guards), options, "step_cost")
+        timing.save(figure(tables, guards), options, "step_cost", content)
     elif options.quick:
         print(f"\n{timing.SMOKE}")
     return tables
+
+
+def text_of(content: dict[str, Any]) -> str:
+    """The tables as RESULTS.md has them, from what is in the JSON."""
+    import timing
+
+    return timing.tables_of(content)
 
 
 def figure(tables: dict[str, list[list[str]]], guards: str = "") -> Any:

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import json
 import math
 import os
 import platform
@@ -182,9 +183,18 @@ def tidy(axes: Any) -> None:
     axes.grid(alpha=0.25)
 
 
-def save(picture: Any, options: argparse.Namespace, name: str) -> None:
-    """Writes a figure and says where; of a short form also that it says nothing."""
+def tables_of(content: Mapping[str, Any]) -> str:
+    """Tables as RESULTS.md has them, from what `save` writes: each below its title."""
+    return "\n\n".join(
+        f"{title}\n\n{markdown(content['columns'], rows)}" for title, rows in content["tables"].items()
+    )
+
+
+def save(picture: Any, options: argparse.Namespace, name: str, content: Mapping[str, Any]) -> None:
+    """Writes a figure and the JSON, and says where; of a short form also that it says nothing."""
     if options.quick:
         print(f"\n{SMOKE}")
     picture.savefig(options.output / f"{name}.png", dpi=110)
-    print(f"\nWritten: {options.output / name}.png")
+    everything = {"machine": machine(), **content}
+    (options.output / f"{name}.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    print(f"\nWritten: {options.output / name}.png and {name}.json")

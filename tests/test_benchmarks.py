@@ -41,6 +41,8 @@ def test_quick_form(program, tmp_path, capsys):
     assert printed.count("\n|") > 3
     assert "\nsmoke test, not a result\n" in printed
     assert (tmp_path / "quick" / f"{program.__name__}.png").stat().st_size > 1000
+    content = json.loads((tmp_path / "quick" / f"{program.__name__}.json").read_text())
+    assert f"\n{program.text_of(content)}\n" in printed
 
 
 @pytest.mark.full
