@@ -146,7 +146,7 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
     lines = [("", *rows, "SAM / SGD")]
     for name, values in by_measure(rows).items():
         cells = [
-            f"{v.mean():.3g}" + (f" ± {v.std(ddof=1):.2g}" if len(v) > 1 else "") for v in values.values()
+            f"{v.mean():#.3g}" + (f" ± {v.std(ddof=1):#.2g}" if len(v) > 1 else "") for v in values.values()
         ]
         lines.append((name, *cells, f"{values['SAM'].mean() / values['SGD'].mean():.2f}"))
     return reporting.align(lines)
