@@ -1,11 +1,12 @@
 """What a training step of every variant costs, counted by the compiler: nothing is timed.
 
     python benchmarks/counts.py
+    python benchmarks/counts.py --variants sam asam
 
 FLOPs, temporary memory and optimizer state of the whole step, relative to the same step without SAM, which is
 momentum SGD. Memory is that of a step that overwrites params and state. If a step can skip its second
 gradient, the compiler counts the longer form; "gradients" is the mean over a period. Each variant has the
-arguments of its first row in `tests/table.py`.
+arguments of its first row in `tests/table.py`. With `--variants` the counts of all others stay in the file.
 """
 
 import json
@@ -37,11 +38,11 @@ def count(step: Any, state: Any, problem: networks.Problem) -> dict[str, float]:
     }
 
 
-def measure(problem: networks.Problem) -> dict[str, dict[str, float]]:
-    """The counts of plain training and of every variant."""
+def measure(problem: networks.Problem, rows: Sequence[table.Row]) -> dict[str, dict[str, float]]:
+    """The counts of plain training and of the variants."""
     plain = by_hand.hand_step(problem.loss, by_hand.plain), by_hand.hand_state(problem.params, False)
     found = {"sgd": count(*plain, problem)}
-    for row in ROWS:
+    for row in rows:
         variant, tx = row.optimizer(by_hand.BASE)
         step, _ = by_hand.step_of_variant(problem.loss, variant, tx)
         found[row.name] = count(step, tx.init(problem.params), problem)
@@ -69,14 +70,18 @@ def text_of(content: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Counts, prints the table and writes the numbers."""
-    options = timing.parse(timing.parser(__doc__, "results/counts"), argv)
-    size = "quick" if options.quick else "small"
-    content = {
-        "machine": timing.machine(),
-        "gradients": {row.name: gradients(row) for row in ROWS},
-        "networks": {name: measure(networks.make(name, size)) for name in NETWORKS},
-    }
-    path = options.output / "counts.json"
+    parser, names = timing.parser(__doc__, "results/counts"), [row.name for row in ROWS]
+    some = timing.some_of(names)
+    parser.add_argument("--variants", nargs="+", choices=names, default=names, metavar="NAME", help=some)
+    options = timing.parse(parser, argv)
+    path, rows = options.output / "counts.json", [row for row in ROWS if row.name in options.variants]
+    empty = {"gradients": {}, "networks": {name: {} for name in NETWORKS}}
+    content = json.loads(path.read_text()) if path.exists() else empty
+    content |= {"machine": timing.machine()}
+    every = content["gradients"] | {row.name: gradients(row) for row in rows}
+    content["gradients"] = dict(sorted(every.items()))
+    for name, found in content["networks"].items():
+        found |= measure(networks.make(name, "quick" if options.quick else "small"), rows)
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"{text_of(content)}\n\nWritten: {path}")
     if options.quick:
