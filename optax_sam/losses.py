@@ -127,7 +127,8 @@ class SharpestExamples:
     ascent. Call what `sam_value_and_grad` returns with the params once more, `clean_params=params`.
 
     Each device, shard or microbatch selects among its own examples. In a batch that `jit` spreads over
-    devices all are compared, and the selected ones move between devices: take `jax.shard_map` there.
+    devices all are compared, and the selected ones move between devices, which JAX refuses on an explicit
+    mesh: take `jax.shard_map` there.
 
     Attributes:
       example_losses: `(params, *args, **kwargs) -> losses`, one value for each example, shape=(B,).

@@ -8,6 +8,8 @@ import numpy as np
 import optax
 import oracles
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from timing import flops
 
 import optax_sam
@@ -68,6 +70,33 @@ def test_every_shard_selects_its_own():
         value_and_grad, sam = step_of(0.5, num_shards=2, shard_mode=mode, batch_argnums=1)
         _, grads = value_and_grad(params, x, clean_params=params, state=sam.init(params))
         np.testing.assert_allclose(flat(grads.perturbed), expected, rtol=1e-10)
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_every_device_selects_its_own():
+    """Around one perturbation for all, and in microbatches of it."""
+    w, (x, *_) = oracles.first_params(), oracles.batches()
+    params, up = tree(w), w + 0.5 * oracles.unit(oracles.gradient(w, x))
+
+    def selected(part, count):
+        rise = [oracles.loss(up, one[None]) - oracles.loss(w, one[None]) for one in part]
+        return oracles.gradient(up, part[np.argsort(rise)[-count:]])
+
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=jax.devices()[:2])
+    value_and_grad, sam = step_of(0.5, axis_name="data")
+    state = sam.init(params)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    def on_devices(params, x):
+        return value_and_grad(params, x, clean_params=params, state=state)[1].perturbed
+
+    expected = np.mean([selected(part, 2) for part in np.split(x, 2)], axis=0)
+    np.testing.assert_allclose(flat(jax.jit(on_devices)(params, x)), expected, rtol=1e-10)
+    value_and_grad, _ = step_of(0.5, microbatch_size=2, batch_argnums=1)
+    _, grads = value_and_grad(params, x, clean_params=params, state=state)
+    # A microbatch takes every fourth example.
+    expected = np.mean([selected(x[i::4], 1) for i in range(4)], axis=0)
+    np.testing.assert_allclose(flat(grads.perturbed), expected, rtol=1e-10)
 
 
 def test_e13_the_selection():
