@@ -5,6 +5,7 @@ import json
 import pathlib
 
 import pytest
+import reporting
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KEPT = sorted(ROOT.glob("*/results/*.json"))
@@ -20,3 +21,18 @@ def test_the_tables_are_those_of_the_json(path: pathlib.Path) -> None:
     assert found, f"{folder.name}/RESULTS.md has no\n\n{tables}\n"
     assert f"python {folder.name}/{path.stem}.py" in before.rpartition("\n## ")[2]
     assert content.get("meaning", "") in page
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_first_page_says_what_came_out(page: str) -> None:
+    digits, few, old = (
+        json.loads((ROOT / "examples" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("train_digits", "quantize", "forgetting")
+    )
+    plain, sam = (reporting.show(digits["arms"][arm]["final"]) for arm in ("momentum", "sam, rho 0.7"))
+    rounded = {arm: row["accuracy"]["2 bits"]["mean"] for arm, row in few["settings"]["mnist, mlp"].items()}
+    kept = {arm: row["at"]["80"]["mean"] for arm, row in old["settings"]["mnist, mlp, mirrored"].items()}
+    text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+    assert f"test accuracy {sam} % with SAM, {plain} % with momentum SGD." in text
+    for values in (rounded, kept):
+        assert f" {values['SAM']:.1f} % with SAM, {values['AdamW']:.1f} % with AdamW." in text
