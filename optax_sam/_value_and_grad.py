@@ -28,6 +28,7 @@ from optax_sam._shards import evaluate_shards
 from optax_sam._state import SAMState, find_state, holds_variant, injected_arguments, match_structure
 from optax_sam._types import AuxT, Perturbation, SAMOptions, SAMValueAndGrad, ShardMode
 from optax_sam._variant import SharpnessAwareTransformation, checked_evaluation, settle
+from optax_sam.losses import SharpestExamples
 
 
 @serializable
@@ -205,7 +206,7 @@ def sam_value_and_grad(
         )
         raise ValueError(msg)
     cheaper = {"ascent_examples": ascent_examples, "ascent_dtype": ascent_dtype, "ascent_loss": ascent_loss}
-    _check_ascent(variant, cheaper, has_aux)
+    _check_ascent(fun, variant, cheaper, has_aux)
     params_at = _checks.positions("argnums", argnums)
     plan = _make_plan(
         num_shards, shard_mode, microbatch_size, ascent_examples, ascent_dtype, batch_argnums, params_at
@@ -275,7 +276,9 @@ def _check_functions(fun: Any, variant: Any, has_aux: bool) -> None:
         raise TypeError(msg)
 
 
-def _check_ascent(variant: SharpnessAwareTransformation, cheaper: dict[str, Any], has_aux: bool) -> None:
+def _check_ascent(
+    fun: Any, variant: SharpnessAwareTransformation, cheaper: dict[str, Any], has_aux: bool
+) -> None:
     """Refuses an ascent gradient of its own for variants that do more with the clean gradient than climb."""
     asked = [name for name, value in cheaper.items() if value is not None]
     if asked and not variant.ascent_only:
@@ -288,6 +291,12 @@ def _check_ascent(variant: SharpnessAwareTransformation, cheaper: dict[str, Any]
         )
         raise ValueError(msg)
     other = cheaper["ascent_loss"]
+    if other is None and isinstance(fun, SharpestExamples):
+        msg = (
+            "`SharpestExamples` is a loss for the second gradient: at params themselves no loss has risen yet. "
+            "Give the first gradient all examples: `sam_value_and_grad(loss, variant, ascent_loss=loss.mean)`."
+        )
+        raise ValueError(msg)
     if other is not None:
         if not callable(other):
             msg = f"`ascent_loss` must be a loss, a function like `fun`, got {type(other).__name__}."

@@ -82,7 +82,7 @@ def test_every_device_selects_its_own():
         rise = [oracles.loss(up, one[None]) - oracles.loss(w, one[None]) for one in part]
         return oracles.gradient(up, part[np.argsort(rise)[-count:]])
 
-    mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=jax.devices()[:2])
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     value_and_grad, sam = step_of(0.5, axis_name="data")
     state = sam.init(params)
 
@@ -164,5 +164,13 @@ def test_mistakes():
             SharpestExamples(example_losses, fraction)
     with pytest.raises(ValueError, match="`batch_argnums` must be"):
         SharpestExamples(example_losses, 0.5, batch_argnums=0)
+    loss, words = (
+        SharpestExamples(example_losses, 0.5),
+        r"`sam_value_and_grad\(loss, variant, ascent_loss=loss.mean\)`",
+    )
+    with pytest.raises(ValueError, match=words):
+        optax_sam.sam_value_and_grad(loss, optax_sam.sam(0.1))
+    with pytest.raises(ValueError, match="`gsam` also descends along it"):
+        optax_sam.sam_value_and_grad(loss, optax_sam.gsam(0.1), ascent_loss=loss.mean)
     with pytest.raises(TypeError, match="clean_params"):
         SharpestExamples(example_losses, 0.5)(params, x)
