@@ -293,8 +293,8 @@ def _check_ascent(
     other = cheaper["ascent_loss"]
     if other is None and isinstance(fun, SharpestExamples):
         msg = (
-            "`SharpestExamples` is a loss for the second gradient: at params themselves no loss has risen yet. "
-            "Give the first gradient all examples: `sam_value_and_grad(loss, variant, ascent_loss=loss.mean)`."
+            "`SharpestExamples` is a loss for the second gradient: at params no loss has risen yet. Give the "
+            "first gradient all examples: `sam_value_and_grad(loss, variant, ascent_loss=loss.mean)`."
         )
         raise ValueError(msg)
     if other is not None:
