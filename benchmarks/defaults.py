@@ -43,7 +43,15 @@ LABELS = {"wrong": 0.3, "clean": 0.0}
 BATCH_SIZE = 50
 
 
-# Networks.
+# Data and networks.
+
+
+def load(seed: int, label_noise: float) -> digits.Digits:
+    """The digits of the examples, their brightness as it is instead of centred and scaled."""
+    data = digits.load(seed, label_noise)
+    images, _ = digits.pixels(np.random.default_rng(seed))
+    images = jnp.asarray(images, jnp.float32)
+    return data._replace(images=images[: digits.NUM_TRAIN], test_images=images[digits.NUM_TRAIN :])
 
 
 class MLP(nn.Module):
@@ -100,12 +108,16 @@ class Recipe(NamedTuple):
       optimizer: From a learning rate to the base optimizer.
       rates: Learning rates of the base optimizer.
       bsam_rates: Those of `bsam`, which has no base optimizer.
+      labels: Sets of labels, and how many of them are wrong.
+      load: From a seed and that number to the data.
     """
 
     network: nn.Module
     optimizer: Callable[[Any], optax.GradientTransformation]
     rates: tuple[float, ...]
     bsam_rates: tuple[float, ...]
+    labels: Mapping[str, float] = LABELS
+    load: Callable[[int, float], digits.Digits] = load
 
 
 def momentum(rate: Any) -> optax.GradientTransformation:
@@ -251,31 +263,23 @@ CASES = {
 # Training.
 
 
-def load(seed: int, label_noise: float) -> digits.Digits:
-    """The digits of the examples, their brightness as it is instead of centred and scaled."""
-    data = digits.load(seed, label_noise)
-    images, _ = digits.pixels(np.random.default_rng(seed))
-    images = jnp.asarray(images, jnp.float32)
-    return data._replace(images=images[: digits.NUM_TRAIN], test_images=images[digits.NUM_TRAIN :])
-
-
 class Trainer:
     """Trains on one network; what does not depend on the variant is prepared once."""
 
-    def __init__(self, name: str, seeds: int, epochs: int, warm_up: float = 0.0) -> None:
+    def __init__(self, recipe: Recipe, seeds: int, epochs: int, warm_up: float = 0.0) -> None:
         """Draws the data, the first params and the order of the batches of all seeds."""
-        self.recipe = RECIPES[name]
+        self.recipe = recipe
         self.seeds = seeds
         numbers = range(seeds)
-        data = [load(seed, noise) for noise in LABELS.values() for seed in numbers]
+        data = [recipe.load(seed, noise) for noise in recipe.labels.values() for seed in numbers]
         data = jax.tree.map(lambda *x: jnp.stack(x), *data)
-        self.data = jax.tree.map(lambda x: x.reshape(len(LABELS), seeds, *x.shape[1:]), data)
+        self.data = jax.tree.map(lambda x: x.reshape(len(recipe.labels), seeds, *x.shape[1:]), data)
         self.orders = jnp.stack(
             [digits.batch_order(seed, epochs, BATCH_SIZE).reshape(-1, BATCH_SIZE) for seed in numbers]
         )
         self.last = digits.NUM_TRAIN // BATCH_SIZE
         self.warm_up = round(warm_up * epochs * self.last)
-        first = jax.jit(lambda key: self.recipe.network.init(key, self.data.images[0, 0, :1], train=True))
+        first = jax.jit(lambda key: recipe.network.init(key, self.data.images[0, 0, :1], train=True))
         starts = [first(jax.random.key(seed)) for seed in numbers]
         self.starts = jax.tree.map(lambda *x: jnp.stack(x), *starts)
         self.accuracy = jax.jit(jax.vmap(self._accuracy))
@@ -539,7 +543,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         return summarize(found["rows"])
     begin = time.perf_counter()
     trainers = {
-        name: Trainer(name, options.seeds, options.epochs, options.warm_up) for name in options.networks
+        name: Trainer(RECIPES[name], options.seeds, options.epochs, options.warm_up)
+        for name in options.networks
     }
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
     for variant in ("plain", *options.variants):

@@ -14,6 +14,7 @@ variant of every network, so that an interrupted run goes on where it was.
 """
 
 import json
+import pydoc_data.topics
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,11 +22,56 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import defaults
+import digits
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import timing
-from defaults import COLLAPSE, LABELS, Case, Trainer
+from defaults import COLLAPSE, Case, Recipe, Trainer
 
 import optax_sam
+
+# Text.
+
+CONTEXT, PIECES = 16, 1500
+
+
+class Transformer(nn.Module):
+    """Predicts the next byte: two causal blocks of width 32 with two heads."""
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, *, train: bool) -> jax.Array:
+        """Logits of shape (batch, length, 128)."""
+        del train
+        x = nn.Embed(128, 32)(tokens) + self.param("positions", nn.initializers.normal(0.02), (CONTEXT, 32))
+        mask = nn.make_causal_mask(tokens)
+        for _ in range(2):
+            x += nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x), mask=mask)
+            x += nn.Dense(32)(nn.gelu(nn.Dense(128)(nn.LayerNorm()(x))))
+        return nn.Dense(128)(nn.LayerNorm()(x))
+
+
+def load_text(seed: int, wrong: float) -> digits.Digits:
+    """Python's documentation, the same for all seeds; `images` are bytes, `labels` the bytes that follow."""
+    del seed, wrong
+    topics = pydoc_data.topics.topics
+    text = "\n\n".join(topics[topic] for topic in sorted(topics)).encode("ascii", "replace")
+    pieces = np.frombuffer(text, np.uint8)[: PIECES * (CONTEXT + 1)].reshape(PIECES, -1).astype(np.int32)
+    held_out = np.arange(PIECES) // 30 % 3 == 2
+    train, test = jnp.asarray(pieces[~held_out][: digits.NUM_TRAIN]), jnp.asarray(pieces[held_out])
+    right = jnp.zeros(len(train), bool)
+    return digits.Digits(train[:, :-1], train[:, 1:], right, test[:, :-1], test[:, 1:])
+
+
+RECIPES = {
+    **defaults.RECIPES,
+    "text": Recipe(Transformer(), optax.adamw, (0.003, 0.01), (), {"clean": 0.0}, load_text),
+}
+
+
+# Variants.
 
 
 class Arm(NamedTuple):
@@ -63,29 +109,32 @@ ARMS = {
 
 
 def measure(trainer: Trainer, network: str, name: str) -> list[dict[str, Any]]:
-    """Rows of a variant, or of plain training, on a network: one for each radius, rate and set of labels."""
+    """A row for each cell of a network: the accuracy of every seed at every radius, of plain training at 0."""
     arm = ARMS.get(name)
-    cells = [
-        {"variant": name, "rho": rho, "network": network, "rate": rate, "labels": labels}
-        for rho in (arm.radii if arm else (0.0,))
-        for labels in LABELS
-        for rate in trainer.recipe.rates
-    ]
+    radii = arm.radii if arm else (0.0,)
+    cells = [(labels, rate) for labels in trainer.recipe.labels for rate in trainer.recipe.rates]
     runs = [
         {
-            "rate": cell["rate"],
-            "labels": list(LABELS).index(cell["labels"]),
+            "rate": rate,
+            "labels": list(trainer.recipe.labels).index(labels),
             "seed": seed,
-            "settings": {"rho": cell["rho"]} if arm else {},
+            "settings": {"rho": rho} if arm else {},
         }
-        for cell in cells
+        for labels, rate in cells
+        for rho in radii
         for seed in range(trainer.seeds)
     ]
     ends = trainer.train(arm.case if arm else None, runs)
-    seeds = trainer.seeds
+    accuracy = np.reshape([end["accuracy"] for end in ends], (len(cells), len(radii), -1)).round(2).tolist()
     return [
-        {**cell, "accuracy": [round(end["accuracy"], 3) for end in ends[i * seeds : (i + 1) * seeds]]}
-        for i, cell in enumerate(cells)
+        {
+            "variant": name,
+            "network": network,
+            "rate": rate,
+            "labels": labels,
+            "accuracy": {f"{rho:g}": of_seeds for rho, of_seeds in zip(radii, of_cell, strict=True)},
+        }
+        for (labels, rate), of_cell in zip(cells, accuracy, strict=True)
     ]
 
 
@@ -94,28 +143,26 @@ def measure(trainer: Trainer, network: str, name: str) -> list[dict[str, Any]]:
 
 def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row for each variant and cell: gains by radius, the best radius, and what the start loses."""
-    plain = {place(row): np.array(row["accuracy"]) for row in rows if row["variant"] == "plain"}
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        if row["variant"] != "plain":
-            groups.setdefault((row["variant"], *place(row)), []).append(row)
+    plain = {place(row): np.array(row["accuracy"]["0"]) for row in rows if row["variant"] == "plain"}
     report = []
-    for (name, network, rate, labels), members in groups.items():
-        base = plain[network, rate, labels]
-        gains = {row["rho"]: float(np.mean(np.array(row["accuracy"]) - base)) for row in members}
-        collapsed = [row["rho"] for row in members if min(row["accuracy"]) < COLLAPSE <= min(base)]
+    for row in rows:
+        if row["variant"] == "plain":
+            continue
+        base = plain[place(row)]
+        accuracy = {float(rho): np.array(ends) for rho, ends in row["accuracy"].items()}
+        gains = {rho: float(np.mean(ends - base)) for rho, ends in accuracy.items()}
+        collapsed = [rho for rho, ends in accuracy.items() if min(ends) < COLLAPSE <= min(base)]
         best = max(gains, key=gains.__getitem__)
-        start = ARMS[name].start
         report.append(
             {
-                "variant": name,
-                "network": network,
-                "rate": rate,
-                "labels": labels,
+                "variant": row["variant"],
+                "network": row["network"],
+                "rate": row["rate"],
+                "labels": row["labels"],
                 "plain": float(np.mean(base)),
                 "gains": gains,
                 "best": best,
-                "start loses": max(0.0, gains[best]) - gains[start],
+                "start loses": max(0.0, gains[best]) - gains[ARMS[row["variant"]].start],
                 "collapses from": min(collapsed) if collapsed else None,
             }
         )
@@ -186,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--epochs", type=timing.count(), default=12, help="default: %(default)s")
     choice = partial(parser.add_argument, nargs="+")
     choice("--variants", choices=ARMS, default=list(ARMS), metavar="VARIANT", help=timing.some_of(ARMS))
-    networks = list(defaults.RECIPES)
+    networks = list(RECIPES)
     choice("--networks", choices=networks, default=networks, metavar="NETWORK", help=timing.some_of(networks))
     options = timing.parse(parser, argv)
     if options.quick:
@@ -206,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             if any((row["network"], row["variant"]) == (network, variant) for row in kept["rows"]):
                 continue
             warm_up = ARMS[variant].warm_up if variant in ARMS else 0.0
-            trainer = Trainer(network, options.seeds, options.epochs, warm_up)
+            trainer = Trainer(RECIPES[network], options.seeds, options.epochs, warm_up)
             kept["rows"] += measure(trainer, network, variant)
             kept["machine"] = timing.machine()
             path.write_text(json.dumps(kept, indent=1) + "\n")

@@ -1,6 +1,7 @@
 """A small language model after training: its weights in few bits, and fine-tuned on another text.
 
     python examples/transformer_after.py
+    python examples/transformer_after.py --tune
 
 The transformer of `transformer_lm.py` learns Python's reference documentation, with AdamW and with SAM before
 it. Then its weights are rounded as in `quantize.py`, and it is fine-tuned, with plain AdamW for both, on the
@@ -28,6 +29,7 @@ from tqdm import tqdm
 
 ARMS = {"adamw": GREY, "sam": RED}
 BITS = (8, 4, 3)
+GRID = (0.05, 0.1, 0.2, 0.4)
 EVERY = 5
 """Steps of fine-tuning between two measurements."""
 
@@ -43,16 +45,35 @@ def score(model: transformer_lm.Transformer, tokens: jax.Array, bits: int | None
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Trains, rounds, fine-tunes, reports and returns the numbers of the report."""
     options = parse(argv)
+    if options.tune:
+        return {"rho": tune(options)}
+    rounded, forgotten = measure(options, list(ARMS), reporting.seeds_of(options))
+    report = summarize(rounded, forgotten)
+    words = reporting.conclude(options, meaning(report))
+    curves = {name: np.round(path, 4).tolist() for name, path in forgotten.items()}
+    content = {"report": report, "meaning": words, "paths": curves}
+    print(
+        f"Bits per byte of text held out, less is better; mean ± standard deviation over {options.seeds} "
+        f"paired seeds.\n\n{text_of(content)}\n\n{words}"
+    )
+    reporting.save(options, "transformer_after", figure(rounded, forgotten, options), content)
+    return report
+
+
+def measure(
+    options: argparse.Namespace, names: Sequence[str], seeds: range
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Trains each arm on each seed: bits per byte in few bits, and of both texts along the fine-tuning."""
     text = transformer_lm.load(None, options.size)[1]
     second = Path(argparse.__file__).read_bytes()[: options.size]
-    trainers = [transformer_lm.Trainer(name, options, text) for name in ARMS]
+    trainers = [transformer_lm.Trainer(name, options, text) for name in names]
     other = transformer_lm.Trainer("adamw", options, second)
     tune = transformer_lm.make_step(None)
-    few: dict[str, list[list[float]]] = {name: [] for name in ARMS}
-    paths: dict[str, list[list[list[float]]]] = {name: [] for name in ARMS}
-    total = options.seeds * sum(trainer.steps_per_epoch for trainer in trainers) * options.epochs
+    few: dict[str, list[list[float]]] = {name: [] for name in names}
+    paths: dict[str, list[list[list[float]]]] = {name: [] for name in names}
+    total = len(seeds) * sum(trainer.steps_per_epoch for trainer in trainers) * options.epochs
     with tqdm(total=total, unit="step", disable=None) as bar:
-        for seed in reporting.seeds_of(options):
+        for seed in seeds:
             for trainer in trainers:
                 state, _ = trainer.start(seed)
                 for epoch in range(options.epochs):
@@ -67,18 +88,30 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                         path.append([float(score(model, test, None)) for test in (trainer.test, other.test)])
                     tune(model, optimizer, pieces[rng.integers(len(pieces), size=options.batch_size)])
                 paths[trainer.name].append(path)
-    rounded = {name: np.array(rows) for name, rows in few.items()}
-    forgotten = {name: np.array(rows) for name, rows in paths.items()}
-    report = summarize(rounded, forgotten)
-    words = reporting.conclude(options, meaning(report))
-    curves = {name: np.round(path, 4).tolist() for name, path in forgotten.items()}
-    content = {"report": report, "meaning": words, "paths": curves}
-    print(
-        f"Bits per byte of text held out, less is better; mean ± standard deviation over {options.seeds} "
-        f"paired seeds.\n\n{text_of(content)}\n\n{words}"
+    return (
+        {name: np.array(rows) for name, rows in few.items()},
+        {name: np.array(rows) for name, rows in paths.items()},
     )
-    reporting.save(options, "transformer_after", figure(rounded, forgotten, options), content)
-    return report
+
+
+def tune(options: argparse.Namespace) -> float:
+    """Prints what every radius gives on the seeds 0 to 2, and returns the best with weights in 4 bits."""
+    scores: dict[float, float] = {}
+    for rho in (0.0, *GRID):
+        options.rho = rho
+        name = "sam" if rho else "adamw"
+        rounded, paths = (part[name] for part in measure(options, [name], range(3)))
+        means = dict(
+            zip(("as trained", *(f"{bits} bits" for bits in BITS)), rounded.mean(axis=0), strict=True)
+        )
+        means["then fine-tuned"] = paths[:, -1, 0].mean()
+        means["new text"] = paths[:, -1, 1].mean()
+        scores[rho] = means["4 bits"]
+        shown = ", ".join(f"{title} {value:.3f}" for title, value in means.items())
+        print(f"rho {rho:g}: {shown}", flush=True)
+    best = min(GRID, key=scores.__getitem__)
+    print(f"taken: {best:g}")
+    return best
 
 
 def level_of(paths: dict[str, np.ndarray]) -> float:
@@ -163,6 +196,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--rho", type=number(float, 0), default=0.1, help="radius (default: %(default)s)")
+    add("--tune", action="store_true", help="try every radius of a grid on the seeds 0 to 2 instead")
     add("--tuning-rate", type=number(float, 0, above=True), default=1e-3, help="default: %(default)s")
     counts = {"seeds": (5, 2), "epochs": (70, 2, "passes over the text")}
     reporting.common_options(
