@@ -2,33 +2,54 @@
 
 import json
 
+import numpy as np
 import pytest
 import radius
 
 
-def _rows(variant, accuracies, labels="clean"):
-    cell = {"network": "mlp", "rate": 0.02, "labels": labels}
-    return [{"variant": variant, "rho": rho, **cell, "accuracy": ends} for rho, ends in accuracies.items()]
+def _row(variant, accuracies):
+    cell = {"network": "mlp", "rate": 0.02, "labels": "clean"}
+    return {"variant": variant, **cell, "accuracy": {f"{rho:g}": ends for rho, ends in accuracies.items()}}
+
+
+def _cells(table):
+    return [cell.strip() for cell in table.splitlines()[-1].strip("|").split("|")]
 
 
 def test_tables_of_radii():
     sam = {0.05: [91.0, 92.0], 0.2: [93.0, 95.0], 0.4: [80.0, 15.0]}
-    rows = [*_rows("plain", {0.0: [90.0, 90.0]}), *_rows("sam", sam)]
+    rows = [_row("plain", {0: [90.0, 90.0]}), _row("sam", sam)]
     (row,) = radius.summarize(rows)
     assert row["gains"] == {0.05: 1.5, 0.2: 4.0, 0.4: -42.5}
     assert (row["best"], row["start loses"], row["collapses from"]) == (0.2, 2.5, 0.4)
-    line = radius.starts([row]).splitlines()[-1]
-    assert [cell.strip() for cell in line.strip("|").split("|")] == [
+    assert _cells(radius.starts([row])) == [
         "sam",
         "0.05",
         "0 of 1",
+        "0 of 1",
+        "",
+        "",
+        "",
         "2.5 (mlp, 0.02, clean)",
-        "0.2 to 0.2",
-        "0.05, 0.2",
     ]
+    assert _cells(radius.advice([row])) == ["sam", "0.2 (to 0.2)", "", "", "", "0.4 (mlp)"]
+    other = {**row, "gains": {0.05: -1.5, 0.2: 2.9, 0.4: 3.1}}
+    assert radius.best_of([row, other]) == 0.2  # Within a point of the best in both cells.
+    assert radius.safe_to([row, other]) == "none safe"
     # Where every radius hurts, plain training is the best, and what the start costs is what it loses to it.
-    rows = [*_rows("plain", {0.0: [90.0]}), *_rows("sam", {0.05: [89.5], 0.2: [85.0]})]
+    rows = [_row("plain", {0: [90.0]}), _row("sam", {0.05: [89.5], 0.2: [85.0]})]
     assert radius.summarize(rows)[0]["start loses"] == 0.5
+
+
+def test_the_text_is_cut_into_bytes_and_those_that_follow():
+    data = radius.load_text(0, 0.0)
+    for tokens, following in ((data.images, data.labels), (data.test_images, data.test_labels)):
+        np.testing.assert_array_equal(tokens[:, 1:], following[:, :-1])
+        assert tokens.max() < 128
+    assert len(data.images) == radius.digits.NUM_TRAIN
+    seen = {bytes(row) for row in np.asarray(data.images, np.uint8)}
+    # A few lines of the documentation repeat themselves.
+    assert sum(bytes(row) in seen for row in np.asarray(data.test_images, np.uint8)) < 10
 
 
 def test_the_start_is_measured():
@@ -41,24 +62,23 @@ def test_it_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     trained = []
 
     class Trainer:
-        def __init__(self, network, seeds, epochs, warm_up):
+        def __init__(self, recipe, seeds, epochs, warm_up):
             del epochs
-            self.recipe, self.seeds = radius.defaults.RECIPES[network], seeds
-            self.network, self.warm_up = network, warm_up
+            self.recipe, self.seeds, self.warm_up = recipe, seeds, warm_up
 
         def train(self, case, runs):
-            trained.append((self.network, self.warm_up, len(runs)))
+            trained.append((self.warm_up, len(runs)))
             return [{"accuracy": 90.0 + 5 * bool(case)} for _ in runs]
 
     monkeypatch.setattr(radius, "Trainer", Trainer)
     options = ["--networks", "mlp", "--output", str(tmp_path), "--variants", "sam"]
     radius.main(options)
-    assert trained == [("mlp", 0.0, 2 * 2 * 2), ("mlp", 0.0, 6 * 2 * 2 * 2)]
+    assert trained == [(0.0, 2 * 2 * 2), (0.0, 6 * 2 * 2 * 2)]
     report = radius.main([*options, "sam, warm-up"])
-    assert trained[2:] == [("mlp", 0.3, 6 * 2 * 2 * 2)]
+    assert trained[2:] == [(0.3, 6 * 2 * 2 * 2)]
     assert len(report) == 8
     assert "sam, warm-up" in capsys.readouterr().out
-    assert len(json.loads((tmp_path / "radius.json").read_text())["rows"]) == 4 + 2 * 24
+    assert len(json.loads((tmp_path / "radius.json").read_text())["rows"]) == 3 * 4
     assert radius.main([*options, "--tables"]) == report
     with pytest.raises(SystemExit):
         radius.main([*options, "--seeds", "3"])
