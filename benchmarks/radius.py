@@ -76,7 +76,7 @@ RECIPES = {
 # Variants.
 
 
-POINT, FALL = 1.0, 5.0
+POINT, SAFE, FALL = 1.0, 2.0, 5.0
 
 
 class Arm(NamedTuple):
@@ -102,11 +102,11 @@ def _arm(constructor: Any, radii: tuple[float, ...], start: float, warm_up: floa
 USUAL = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8)
 ARMS = {
     "sam": _arm(optax_sam.sam, USUAL, 0.05),
-    "sam, warm-up": _arm(optax_sam.sam, USUAL, 0.05, warm_up=0.3),
+    "sam, warm-up": _arm(optax_sam.sam, USUAL, 0.1, warm_up=0.3),
     "asam": _arm(optax_sam.asam, (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0), 0.1),
     "gsam": _arm(optax_sam.gsam, USUAL, 0.05),
     "layerwise": _arm(
-        optax_sam.sam, (0.0025, 0.005, 0.01, 0.02, 0.04), 0.01, ascent=optax_sam.ascent.layerwise()
+        optax_sam.sam, (0.0025, 0.005, 0.01, 0.02, 0.04), 0.005, ascent=optax_sam.ascent.layerwise()
     ),
     "matrix": _arm(optax_sam.sam, USUAL, 0.05, ascent=optax_sam.ascent.matrix("nuclear")),
     "looksam": _arm(optax_sam.looksam, USUAL, 0.1),
@@ -197,69 +197,71 @@ def table(report: Sequence[Mapping[str, Any]]) -> str:
     return timing.markdown(columns, lines)
 
 
+def advice(report: Sequence[Mapping[str, Any]]) -> str:
+    """Of every variant and network: the best radius for all cells, and up to where it is safe."""
+    lines = []
+    for name, rows in by("variant", report).items():
+        found = {
+            network: f"{best_of(some):g}; " + (f"to {safe[-1]:g}" if (safe := safe_of(some)) else "none safe")
+            for network, some in by("network", rows).items()
+        }
+        falls = [(rho, row["network"]) for row in rows for rho, gain in row["gains"].items() if gain < -FALL]
+        first = min(falls, default=(None, ""))[0]
+        where = ", ".join(network for network in RECIPES if (first, network) in falls)
+        cells = [found.get(network, "") for network in RECIPES]
+        lines.append([name, *cells, f"{first:g} ({where})" if falls else ""])
+    return timing.markdown(["variant", *RECIPES, f"{FALL:g} points lost from"], lines)
+
+
 def starts(report: Sequence[Mapping[str, Any]]) -> str:
     """Of every variant: in how many cells its start value is within a point of the best radius."""
     lines = []
     for name, rows in by("variant", report).items():
-        near = {
-            network: f"{sum(row['start loses'] <= POINT for row in some)} of {len(some)}"
-            for network, some in by("network", rows).items()
-        }
+        start, networks = ARMS[name].start, by("network", rows)
+        chosen = sum(near(some, best_of(some)) for some in networks.values())
         worst = max(rows, key=lambda row: row["start loses"])
         lines.append(
             [
                 name,
-                f"{ARMS[name].start:g}",
-                f"{sum(row['start loses'] <= POINT for row in rows)} of {len(rows)}",
-                *(near.get(network, "") for network in RECIPES),
+                f"{start:g}",
+                *(
+                    f"{near(networks[n], start)} of {len(networks[n])}" if n in networks else ""
+                    for n in RECIPES
+                ),
+                f"{near(rows, start)} of {len(rows)}",
+                f"{chosen} of {len(rows)}",
                 f"{worst['start loses']:.1f} ({worst['network']}, {worst['rate']:g}, {worst['labels']})",
             ]
         )
-    return timing.markdown(["variant", "start", "within a point", *RECIPES, "loses most"], lines)
-
-
-def advice(report: Sequence[Mapping[str, Any]]) -> str:
-    """Of every variant and network: the best radius for all cells, and in brackets up to where it is safe."""
-    lines = []
-    for name, rows in by("variant", report).items():
-        found = {
-            network: f"{best_of(some):g} ({safe_to(some)})" for network, some in by("network", rows).items()
-        }
-        falls = [(rho, row["network"]) for row in rows for rho, gain in row["gains"].items() if gain < -FALL]
-        first = min(falls)[0] if falls else None
-        where = ", ".join(network for network in RECIPES if (first, network) in falls)
-        lines.append(
-            [name, *(found.get(network, "") for network in RECIPES), f"{first:g} ({where})" if falls else ""]
-        )
-    return timing.markdown(["variant", *RECIPES, "5 points lost from"], lines)
+    columns = ["variant", "start", *RECIPES, "all", "with that of the network", "start loses most"]
+    return timing.markdown(columns, lines)
 
 
 def by(key: str, report: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     """Rows by what they have in common."""
-    return {
-        value: [row for row in report if row[key] == value] for value in dict.fromkeys(r[key] for r in report)
-    }
+    return {value: [row for row in report if row[key] == value] for value in {row[key]: 0 for row in report}}
+
+
+def near(rows: Sequence[Mapping[str, Any]], rho: float) -> int:
+    """In how many cells a radius is within a point of the best, which may be plain training."""
+    return sum(max(0.0, *row["gains"].values()) - row["gains"][rho] <= POINT for row in rows)
 
 
 def best_of(rows: Sequence[Mapping[str, Any]]) -> float:
-    """The radius within a point of the best in most cells; of several the one with the largest gain."""
-
-    def merit(rho: float) -> tuple[int, float]:
-        gains = [row["gains"][rho] for row in rows]
-        tops = [max(0.0, *row["gains"].values()) for row in rows]
-        near = sum(top - gain <= POINT for top, gain in zip(tops, gains, strict=True))
-        return near, float(np.mean(gains))
-
-    return max(rows[0]["gains"], key=merit)
-
-
-def safe_to(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Up to which radius no cell is more than a point below plain training."""
-    safe = itertools.takewhile(
-        lambda rho: all(row["gains"][rho] >= -POINT for row in rows), sorted(rows[0]["gains"])
+    """Of the safe radii the one within a point of the best in most cells, or with the largest mean gain."""
+    candidates = safe_of(rows) or list(rows[0]["gains"])
+    return max(
+        candidates, key=lambda rho: (near(rows, rho), float(np.mean([row["gains"][rho] for row in rows])))
     )
-    last = max(safe, default=None)
-    return "none safe" if last is None else f"to {last:g}"
+
+
+def safe_of(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Radii that, like all smaller ones, are in no cell more than two points below plain training."""
+
+    def is_safe(rho: float) -> bool:
+        return all(row["gains"][rho] >= -SAFE for row in rows)
+
+    return list(itertools.takewhile(is_safe, sorted(rows[0]["gains"])))
 
 
 def text_of(content: Mapping[str, Any]) -> str:

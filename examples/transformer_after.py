@@ -12,7 +12,7 @@ bits per byte of source held out.
 
 import argparse
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 ARMS = {"adamw": GREY, "sam": RED}
 BITS = (8, 4, 3)
-GRID = (0.05, 0.1, 0.2, 0.4)
+GRID = (0.1, 0.2, 0.4)
 EVERY = 5
 """Steps of fine-tuning between two measurements."""
 
@@ -42,12 +42,61 @@ def score(model: transformer_lm.Transformer, tokens: jax.Array, bits: int | None
     return transformer_lm.bits_per_byte(nnx.merge(graph, params, rest), tokens, True)
 
 
+class Bench:
+    """The network with one optimizer, and what is done to it afterwards."""
+
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        """Cuts both texts and makes the programs."""
+        self.options = options
+        self.first = transformer_lm.Trainer(name, options, transformer_lm.load(None, options.size)[1])
+        second = Path(argparse.__file__).read_bytes()[: options.size]
+        self.second = transformer_lm.Trainer("adamw", options, second)
+        self.tune = transformer_lm.make_step(None)
+
+    def run(self, seed: int, tick: Callable[[], Any] = lambda: None) -> tuple[list[float], list[list[float]]]:
+        """Trains: bits per byte with the weights as they are and in few bits, and the fine-tuning's path."""
+        state, _ = self.first.start(seed)
+        for epoch in range(self.options.epochs):
+            state = self.first.train(state, seed, epoch, tick)
+        model = state[0]
+        few = [float(score(model, self.first.test, bits)) for bits in (None, *BITS)]
+        return few, self.path(model, seed)
+
+    def path(self, model: transformer_lm.Transformer, seed: int) -> list[list[float]]:
+        """Fine-tunes: bits per byte of the old text and of the new, every few steps."""
+        optimizer = nnx.Optimizer(model, optax.adamw(self.options.tuning_rate), wrt=nnx.Param)
+        tokens, length = self.second.train_tokens, self.second.length
+        pieces = tokens[: self.second.pieces * length].reshape(-1, length)
+        rng, path = np.random.default_rng([seed, 4]), []
+        for step in range(self.options.steps + 1):
+            if step % EVERY == 0:
+                path.append([float(score(model, text.test, None)) for text in (self.first, self.second)])
+            self.tune(model, optimizer, pieces[rng.integers(len(pieces), size=self.options.batch_size)])
+        return path
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Trains, rounds, fine-tunes, reports and returns the numbers of the report."""
     options = parse(argv)
     if options.tune:
         return {"rho": tune(options)}
-    rounded, forgotten = measure(options, list(ARMS), reporting.seeds_of(options))
+    benches = {name: Bench(name, options) for name in ARMS}
+    few: dict[str, list[list[float]]] = {name: [] for name in ARMS}
+    paths: dict[str, list[list[list[float]]]] = {name: [] for name in ARMS}
+    steps = sum(bench.first.steps_per_epoch for bench in benches.values()) * options.epochs
+    with tqdm(total=options.seeds * steps, unit="step", disable=None) as bar:
+        for seed in reporting.seeds_of(options):
+            for name, bench in benches.items():
+                rounded, path = bench.run(seed, bar.update)
+                few[name].append(rounded)
+                paths[name].append(path)
+    return conclude(few, paths, options)
+
+
+def conclude(few: dict[str, Any], paths: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Prints and saves what the runs of all seeds have given, and returns the numbers of the report."""
+    rounded = {name: np.array(rows) for name, rows in few.items()}
+    forgotten = {name: np.array(rows) for name, rows in paths.items()}
     report = summarize(rounded, forgotten)
     words = reporting.conclude(options, meaning(report))
     curves = {name: np.round(path, 4).tolist() for name, path in forgotten.items()}
@@ -60,54 +109,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return report
 
 
-def measure(
-    options: argparse.Namespace, names: Sequence[str], seeds: range
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Trains each arm on each seed: bits per byte in few bits, and of both texts along the fine-tuning."""
-    text = transformer_lm.load(None, options.size)[1]
-    second = Path(argparse.__file__).read_bytes()[: options.size]
-    trainers = [transformer_lm.Trainer(name, options, text) for name in names]
-    other = transformer_lm.Trainer("adamw", options, second)
-    tune = transformer_lm.make_step(None)
-    few: dict[str, list[list[float]]] = {name: [] for name in names}
-    paths: dict[str, list[list[list[float]]]] = {name: [] for name in names}
-    total = len(seeds) * sum(trainer.steps_per_epoch for trainer in trainers) * options.epochs
-    with tqdm(total=total, unit="step", disable=None) as bar:
-        for seed in seeds:
-            for trainer in trainers:
-                state, _ = trainer.start(seed)
-                for epoch in range(options.epochs):
-                    state = trainer.train(state, seed, epoch, bar.update)
-                model = state[0]
-                few[trainer.name].append([float(score(model, trainer.test, bits)) for bits in (None, *BITS)])
-                optimizer = nnx.Optimizer(model, optax.adamw(options.tuning_rate), wrt=nnx.Param)
-                rng, path = np.random.default_rng([seed, 4]), []
-                pieces = other.train_tokens[: other.pieces * other.length].reshape(-1, other.length)
-                for step in range(options.steps + 1):
-                    if step % EVERY == 0:
-                        path.append([float(score(model, test, None)) for test in (trainer.test, other.test)])
-                    tune(model, optimizer, pieces[rng.integers(len(pieces), size=options.batch_size)])
-                paths[trainer.name].append(path)
-    return (
-        {name: np.array(rows) for name, rows in few.items()},
-        {name: np.array(rows) for name, rows in paths.items()},
-    )
-
-
 def tune(options: argparse.Namespace) -> float:
-    """Prints what every radius gives on the seeds 0 to 2, and returns the best with weights in 4 bits."""
+    """Prints what every radius gives on the seeds 0 and 1, and returns the best with weights in 4 bits."""
     scores: dict[float, float] = {}
     for rho in (0.0, *GRID):
         options.rho = rho
-        name = "sam" if rho else "adamw"
-        rounded, paths = (part[name] for part in measure(options, [name], range(3)))
-        means = dict(
-            zip(("as trained", *(f"{bits} bits" for bits in BITS)), rounded.mean(axis=0), strict=True)
-        )
-        means["then fine-tuned"] = paths[:, -1, 0].mean()
-        means["new text"] = paths[:, -1, 1].mean()
-        scores[rho] = means["4 bits"]
-        shown = ", ".join(f"{title} {value:.3f}" for title, value in means.items())
+        bench = Bench("sam" if rho else "adamw", options)
+        few, paths = zip(*(bench.run(seed) for seed in range(2)), strict=True)
+        means = np.mean(few, axis=0)
+        scores[rho] = means[1 + BITS.index(4)]
+        titles = ("as trained", *(f"{bits} bits" for bits in BITS), "after fine-tuning: old text", "new text")
+        values = (*means, *np.mean(paths, axis=0)[-1])
+        shown = ", ".join(f"{title} {value:.3f}" for title, value in zip(titles, values, strict=True))
         print(f"rho {rho:g}: {shown}", flush=True)
     best = min(GRID, key=scores.__getitem__)
     print(f"taken: {best:g}")
@@ -196,7 +209,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--rho", type=number(float, 0), default=0.1, help="radius (default: %(default)s)")
-    add("--tune", action="store_true", help="try every radius of a grid on the seeds 0 to 2 instead")
+    add("--tune", action="store_true", help="try every radius of a grid on the seeds 0 and 1 instead")
     add("--tuning-rate", type=number(float, 0, above=True), default=1e-3, help="default: %(default)s")
     counts = {"seeds": (5, 2), "epochs": (70, 2, "passes over the text")}
     reporting.common_options(

@@ -22,20 +22,15 @@ def test_tables_of_radii():
     (row,) = radius.summarize(rows)
     assert row["gains"] == {0.05: 1.5, 0.2: 4.0, 0.4: -42.5}
     assert (row["best"], row["start loses"], row["collapses from"]) == (0.2, 2.5, 0.4)
-    assert _cells(radius.starts([row])) == [
-        "sam",
-        "0.05",
-        "0 of 1",
-        "0 of 1",
-        "",
-        "",
-        "",
-        "2.5 (mlp, 0.02, clean)",
-    ]
-    assert _cells(radius.advice([row])) == ["sam", "0.2 (to 0.2)", "", "", "", "0.4 (mlp)"]
-    other = {**row, "gains": {0.05: -1.5, 0.2: 2.9, 0.4: 3.1}}
-    assert radius.best_of([row, other]) == 0.2  # Within a point of the best in both cells.
-    assert radius.safe_to([row, other]) == "none safe"
+    ends = ["0 of 1", "1 of 1", "2.5 (mlp, 0.02, clean)"]
+    assert _cells(radius.starts([row])) == ["sam", "0.05", "0 of 1", "", "", "", *ends]
+    assert _cells(radius.advice([row])) == ["sam", "0.2; to 0.2", "", "", "", "0.4 (mlp)"]
+    other = {**row, "gains": {0.05: -1.5, 0.2: -0.5, 0.4: 3.1}}
+    assert radius.safe_of([row, other]) == [0.05, 0.2]
+    assert radius.best_of([row, other]) == 0.2
+    bad = {**row, "gains": {0.05: -2.5, 0.2: 2.9, 0.4: 3.1}}
+    assert radius.safe_of([row, bad]) == []
+    assert "0.2; none safe" in radius.advice([row, bad])
     # Where every radius hurts, plain training is the best, and what the start costs is what it loses to it.
     rows = [_row("plain", {0: [90.0]}), _row("sam", {0.05: [89.5], 0.2: [85.0]})]
     assert radius.summarize(rows)[0]["start loses"] == 0.5
