@@ -147,7 +147,7 @@ def measure(trainer: Trainer, network: str, name: str) -> list[dict[str, Any]]:
 
 
 def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each variant and cell: gains by radius, the best radius, and what the start loses."""
+    """One row for each variant and cell: gains by radius, and where a collapse begins."""
     plain = {place(row): np.array(row["accuracy"]["0"]) for row in rows if row["variant"] == "plain"}
     report = []
     for row in rows:
@@ -157,7 +157,6 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         accuracy = {float(rho): np.array(ends) for rho, ends in row["accuracy"].items()}
         gains = {rho: float(np.mean(ends - base)) for rho, ends in accuracy.items()}
         collapsed = [rho for rho, ends in accuracy.items() if min(ends) < COLLAPSE <= min(base)]
-        best = max(gains, key=gains.__getitem__)
         report.append(
             {
                 "variant": row["variant"],
@@ -166,8 +165,6 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "labels": row["labels"],
                 "plain": float(np.mean(base)),
                 "gains": gains,
-                "best": best,
-                "start loses": max(0.0, gains[best]) - gains[ARMS[row["variant"]].start],
                 "collapses from": min(collapsed) if collapsed else None,
             }
         )
@@ -219,7 +216,7 @@ def starts(report: Sequence[Mapping[str, Any]]) -> str:
     for name, rows in by("variant", report).items():
         start, networks = ARMS[name].start, by("network", rows)
         chosen = sum(near(some, best_of(some)) for some in networks.values())
-        worst = max(rows, key=lambda row: row["start loses"])
+        gains = [row["gains"][start] for row in rows]
         lines.append(
             [
                 name,
@@ -230,10 +227,10 @@ def starts(report: Sequence[Mapping[str, Any]]) -> str:
                 ),
                 f"{near(rows, start)} of {len(rows)}",
                 f"{chosen} of {len(rows)}",
-                f"{worst['start loses']:.1f} ({worst['network']}, {worst['rate']:g}, {worst['labels']})",
+                f"{np.mean(gains):+.1f} ({min(gains):+.1f})",
             ]
         )
-    columns = ["variant", "start", *RECIPES, "all", "with that of the network", "start loses most"]
+    columns = ["variant", "start", *RECIPES, "all", "best of the network", "start gains (worst cell)"]
     return timing.markdown(columns, lines)
 
 

@@ -178,7 +178,7 @@ def figure(
         reporting.line_with_interval(left, np.arange(rows.shape[1]), rows, ARMS[name])
         ends[name] = rows.shape[1] - 1, rows[:, -1].mean(), ARMS[name]
     left.set_xticks(range(1 + len(BITS)), ["float", *(f"{bits} bits" for bits in BITS)])
-    reporting.style(left, title="weights rounded after training", ylabel="bits per byte (axis cut)")
+    reporting.style(left, title="Weights rounded after training", ylabel="bits per byte (axis cut)")
     reporting.label_ends(left, ends)
     level = level_of(paths)
     start = max(level, min(path[0, 1] for rows in paths.values() for path in rows))
@@ -189,15 +189,16 @@ def figure(
         ends[name] = level, values[:, -1].mean(), ARMS[name]
     reporting.style(
         right,
-        title="fine-tuned on another text",
+        title="Fine-tuned on another text",
         xlabel="new text, bits per byte (falling)",
         ylabel="old text, bits per byte (axis cut)",
     )
     right.invert_xaxis()
     reporting.label_ends(right, ends)
-    picture.suptitle(
-        f"A small transformer after training; less is better\nmean over {options.seeds} paired seeds, "
-        "bars: 95 % interval of the mean"
+    reporting.head(
+        picture,
+        "A small transformer after training: bits per byte of text held out, less is better",
+        f"Mean over {options.seeds} paired seeds; bars: its 95 % interval.",
     )
     return picture
 

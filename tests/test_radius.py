@@ -1,10 +1,13 @@
 """benchmarks/radius.py: what its tables say of the rows, and that it goes on where it was."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
 import radius
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def _row(variant, accuracies):
@@ -21,8 +24,8 @@ def test_tables_of_radii():
     rows = [_row("plain", {0: [90.0, 90.0]}), _row("sam", sam)]
     (row,) = radius.summarize(rows)
     assert row["gains"] == {0.05: 1.5, 0.2: 4.0, 0.4: -42.5}
-    assert (row["best"], row["start loses"], row["collapses from"]) == (0.2, 2.5, 0.4)
-    ends = ["0 of 1", "1 of 1", "2.5 (mlp, 0.02, clean)"]
+    assert row["collapses from"] == 0.4
+    ends = ["0 of 1", "1 of 1", "+1.5 (+1.5)"]
     assert _cells(radius.starts([row])) == ["sam", "0.05", "0 of 1", "", "", "", *ends]
     assert _cells(radius.advice([row])) == ["sam", "0.2; to 0.2", "", "", "", "0.4 (mlp)"]
     other = {**row, "gains": {0.05: -1.5, 0.2: -0.5, 0.4: 3.1}}
@@ -31,9 +34,9 @@ def test_tables_of_radii():
     bad = {**row, "gains": {0.05: -2.5, 0.2: 2.9, 0.4: 3.1}}
     assert radius.safe_of([row, bad]) == []
     assert "0.2; none safe" in radius.advice([row, bad])
-    # Where every radius hurts, plain training is the best, and what the start costs is what it loses to it.
-    rows = [_row("plain", {0: [90.0]}), _row("sam", {0.05: [89.5], 0.2: [85.0]})]
-    assert radius.summarize(rows)[0]["start loses"] == 0.5
+    # Where every radius hurts, plain training is the best.
+    hurts = {**row, "gains": {0.05: -0.5, 0.2: -1.2}}
+    assert [radius.near([hurts], rho) for rho in (0.05, 0.2)] == [1, 0]
 
 
 def test_the_text_is_cut_into_bytes_and_those_that_follow():
@@ -78,6 +81,14 @@ def test_it_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         radius.main([*options, "--seeds", "3"])
     assert "was measured with other seeds" in capsys.readouterr().err
+
+
+def test_the_page_on_tuning_has_the_tables():
+    page = (ROOT / "docs" / "tuning.md").read_text(encoding="utf-8")
+    kept = json.loads((ROOT / "benchmarks" / "results" / "radius.json").read_text(encoding="utf-8"))
+    report = radius.summarize(kept["rows"])
+    for table in (radius.advice(report), radius.starts(report)):
+        assert table in page, f"docs/tuning.md has no\n\n{table}\n"
 
 
 @pytest.mark.full
