@@ -212,7 +212,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rho", type=number(float, 0), default=0.1, help="radius (default: %(default)s)")
     add("--tune", action="store_true", help="try every radius of a grid on the seeds 0 and 1 instead")
     add("--tuning-rate", type=number(float, 0, above=True), default=1e-3, help="default: %(default)s")
-    counts = {"seeds": (5, 2), "epochs": (70, 2, "passes over the text")}
+    counts = {"seeds": (3, 2), "epochs": (70, 2, "passes over the text")}
     reporting.common_options(
         parser, "results/transformer_after", **counts, steps=(100, 10, "steps of fine-tuning")
     )
