@@ -39,6 +39,8 @@ import timing
 import optax_sam
 
 MARGIN, COLLAPSE = 5.0, 20.0
+# They have no base optimizer, and are compared with themselves at radius 0.
+OWN_PLAIN = ("bsam", "sam_sps")
 LABELS = {"wrong": 0.3, "clean": 0.0}
 BATCH_SIZE = 50
 
@@ -107,7 +109,7 @@ class Recipe(NamedTuple):
       network: The network.
       optimizer: From a learning rate to the base optimizer.
       rates: Learning rates of the base optimizer.
-      bsam_rates: Those of `bsam`, which has no base optimizer.
+      bsam_rates: Those of `bsam`.
       labels: Sets of labels, and how many of them are wrong.
       load: From a seed and that number to the data.
     """
@@ -240,7 +242,7 @@ CASES = {
     "cr_sam": Case(optax_sam.cr_sam, radii(0.0125, 0.05, 0.2, gamma=0.1, beta=0.01)),
     "eigen_sam": Case(optax_sam.eigen_sam, radii(0.0125, 0.05, 0.2, alpha=0.2)),
     "sampa": Case(optax_sam.sampa, radii(0.025, 0.1, 0.4, mix=0.2), kind="rate"),
-    "sam_sps": Case(optax_sam.sam_sps, radii(0.025, 0.1, 0.4)),
+    "sam_sps": Case(optax_sam.sam_sps, radii(0.0, 0.025, 0.1, 0.4)),
     "looksam": Case(optax_sam.looksam, LOOKSAM),
     "async_sam": Case(optax_sam.async_sam, USUAL),
     "async_sam, perturbed": Case(optax_sam.async_sam, USUAL, {"reuse": "perturbed"}),
@@ -353,11 +355,13 @@ class Trainer:
 def measure(trainer: Trainer, network: str, name: str) -> list[dict[str, Any]]:
     """Rows of a variant, or of plain training, on a network: one for each setting, rate and set of labels."""
     case = CASES.get(name)
+    # `sam_sps` has no learning rate: in place of it stands the largest that it takes.
+    rates = {"bsam": trainer.recipe.bsam_rates, "sam_sps": (1.0,)}.get(name, trainer.recipe.rates)
     cells = [
         {"variant": name, "settings": setting, "network": network, "rate": rate, "labels": labels}
         for setting in (case.settings if case else [{}])
         for labels in (LABELS if is_default(name, setting) else ["wrong"])
-        for rate in (trainer.recipe.bsam_rates if name == "bsam" else trainer.recipe.rates)
+        for rate in rates
     ]
     runs = [
         {
@@ -382,8 +386,8 @@ def is_default(name: str, setting: Mapping[str, float]) -> bool:
 
 
 def is_plain(name: str, setting: Mapping[str, float]) -> bool:
-    """Whether this is what a setting is compared with: `bsam` has a plain training of its own, radius 0."""
-    return name == "plain" or (name == "bsam" and setting["rho"] == 0.0)
+    """Whether this is what a setting is compared with."""
+    return name == "plain" or (name in OWN_PLAIN and setting["rho"] == 0.0)
 
 
 # Report.
@@ -393,7 +397,8 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row for each setting of each variant: where it is worst, and where it collapses."""
 
     def cell(row: Mapping[str, Any]) -> tuple[Any, ...]:
-        return row["variant"] == "bsam", row["network"], row["rate"], row["labels"]
+        own = row["variant"] if row["variant"] in OWN_PLAIN else ""
+        return own, row["network"], row["rate"], row["labels"]
 
     plain = {
         cell(row): np.array(row["accuracy"]) for row in rows if is_plain(row["variant"], row["settings"])
@@ -459,7 +464,11 @@ def baselines(rows: Sequence[Mapping[str, Any]]) -> str:
             row["network"],
             f"{row['rate']:g}",
             row["labels"],
-            "bsam, rho 0" if row["variant"] == "bsam" else "momentum" if row["network"] != "vit" else "adamw",
+            f"{row['variant']}, rho 0"
+            if row["variant"] in OWN_PLAIN
+            else "momentum"
+            if row["network"] != "vit"
+            else "adamw",
             f"{np.mean(row['accuracy']):.1f}",
             f"{np.mean(row['loss']):.2f}",
         ]

@@ -65,10 +65,12 @@ def test_rule_of_what_is_safe():
     good = [row("sam", [78.0, 80.0]), row("sam", [95.0, 96.0], "clean")]
     weak = [row("sam", [70.0, 72.0], rho=0.2)]
     fallen = [row("gcsam", [99.0, 10.0])]
-    report = defaults.summarize([*plain, *good, *weak, *fallen])
-    assert [entry["safe"] for entry in report] == [True, False, False]
-    assert [entry["collapsed"] for entry in report] == [0, 0, 1]
-    assert [entry["default"] for entry in report] == [True, False, True]
+    # No base optimizer: compared with itself at radius 0.
+    alone = [row("sam_sps", [60.0, 62.0], rho=0.0), row("sam_sps", [61.0, 61.0], rho=0.1)]
+    report = defaults.summarize([*plain, *good, *weak, *fallen, *alone])
+    assert [entry["safe"] for entry in report] == [True, False, False, True]
+    assert [entry["collapsed"] for entry in report] == [0, 0, 1, 0]
+    assert [entry["default"] for entry in report] == [True, False, True, True]
     assert report[0]["clean labels"] == [-0.5]
     assert "-10.0" in defaults.table(report)
 
