@@ -660,6 +660,7 @@ def test_the_classes_partition_the_coordinates(drawn, scale):
     np.testing.assert_array_equal(FRACTIONS(scaled), fractions)
 
 
+@pytest.mark.full
 def test_lookbehind_at_zero_is_k_steps_along_one_gradient():
     """Its base optimizer decays the fast weights, and counts every step."""
     base, params, x = (

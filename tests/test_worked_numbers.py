@@ -765,9 +765,10 @@ def test_e22_lookbehind(store):
         close(w, end)
 
 
-def test_e18_with_a_mask_that_finds_itself(store):
+@pytest.mark.full
+def test_e18_with_a_mask_that_finds_itself():
     """The first step is a plain one; from then on the coordinate of the large gradient is perturbed."""
-    params, variant = store(W0), optax_sam.ssam_f(0.1, sparsity=0.5)
+    params, variant = in_leaves(W0), optax_sam.ssam_f(0.1, sparsity=0.5)
     state = variant.init(params)
     for u in (G0, (10.9950371902, 1.0)):
         _, grads = optax_sam.sam_value_and_grad(loss, variant)(params, L1, state=state)

@@ -64,6 +64,7 @@ def test_the_step_goes_where_the_search_ends():
     assert len({0.0, 2.0} | set(found)) > 3  # Not only the ends.
 
 
+@pytest.mark.full
 def test_what_has_no_value_is_not_the_largest():
     params = jnp.array([1.0, 1.0])
     grads = optax_sam.SAMGradients(jnp.array([10.0, 1.0]), jnp.array([1.0, 10.0]))

@@ -170,13 +170,12 @@ def ssam_d(
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam
-      >>> variant, params = optax_sam.ssam_d(rho=0.1, sparsity=0.75, every=1), jnp.arange(1.0, 9.0)
+      >>> variant = optax_sam.ssam_d(rho=0.1, sparsity=0.75, every=1)
+      >>> gradient = params = jnp.arange(1.0, 9.0)
       >>> state = variant.init(params)
-      >>> for _ in range(4):  # Of two entries that with the larger gradient stays.
-      ...     _, grads = optax_sam.sam_value_and_grad(lambda w: jnp.sum(w**3), variant)(params, state=state)
-      ...     print([int(x) for x in jnp.flatnonzero(grads.perturbed != grads.clean)])
-      ...     _, state = variant.update(grads, state, params)
-      []
+      >>> for _ in range(3):  # Of two entries that with the larger gradient stays.
+      ...     _, state = variant.update(optax_sam.SAMGradients(gradient, gradient), state, params)
+      ...     print([i for i in range(8) if state.memory.mask[i]])
       [5, 6]
       [2, 6]
       [0, 6]
