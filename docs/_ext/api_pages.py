@@ -238,7 +238,7 @@ def results(variant: str) -> str:
     wanted = [line for line in lines if re.match(rf"{variant}\b", line)]
     if not wanted:
         return ""
-    base = next(i for i, line in enumerate(lines) if i > 0 and line[0] != " ")  # After the head.
+    base = 1 + max(i for i, line in enumerate(lines) if line[0] == " ")  # After the head.
     table = "\n".join([*lines[: base + 1], *wanted, lines[-1]])
     return (
         f"## On the digits\n\nFrom `{found[1]}` ([all variants](../../results/examples.md)). The first row\n"
