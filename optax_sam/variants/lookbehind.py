@@ -44,8 +44,8 @@ def lookbehind(
         these.
       rho: The length of each ascent step, >= 0, or a schedule of the step. 0 is no base optimizer, but k of
         its steps along one gradient.
-      k: How many steps of both kinds, an integer >= 1. The paper takes 2 to 10. Under
-        `optax.inject_hyperparams` name it in `static_args`.
+      k: How many steps of both kinds, an integer >= 1. The authors' code has 5, and 2 in its
+        example. Under `optax.inject_hyperparams` name it in `static_args`.
       alpha: The part of the way, in (0, 1]; or "adaptive", which makes it larger where the fast weights went
         straight on: :math:`(1 + \cos\angle(f_1 - w, f_k - w)) / 2`, leaf by leaf. 1 with k = 1 is SAM.
       ascent: The ascent rule, which sees the point that it starts from; None for
