@@ -107,7 +107,11 @@ def _transformer(key: jax.Array) -> transformer_lm.Transformer:
     return transformer_lm.Transformer(context=_CONTEXT, **_SIZES, rngs=nnx.Rngs(key))
 
 
-_GRAPH, _PARAMS, _REST = nnx.split(_transformer(jax.random.key(0)), nnx.Param, ...)
+@functools.cache
+def _parts() -> tuple[Any, Any, Any]:
+    """The graph, the params and what is neither, of a transformer whose params are replaced."""
+    with jax.ensure_compile_time_eval():  # It is kept, so it must be no part of a trace.
+        return nnx.split(_transformer(jax.random.key(0)), nnx.Param, ...)
 
 
 def _load_text(seed: int) -> Split:
@@ -123,9 +127,10 @@ def _load_text(seed: int) -> Split:
 
 
 def _text_loss(params: Any, tokens: jax.Array) -> jax.Array:
-    state = copy.deepcopy(_PARAMS)
+    graph, state, rest = _parts()
+    state = copy.deepcopy(state)
     nnx.replace_by_pure_dict(state, params)
-    return transformer_lm.bits_per_byte(nnx.merge(_GRAPH, state, _REST), tokens, True)
+    return transformer_lm.bits_per_byte(nnx.merge(graph, state, rest), tokens, True)
 
 
 @jax.jit

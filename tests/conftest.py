@@ -36,6 +36,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" not in os.environ:
         options = os.environ.get("XLA_FLAGS", "") if config.option.as_users else quick.flags()
         os.environ["XLA_FLAGS"] = f"{options} --xla_force_host_platform_device_count=8".strip()
+        # What one process has compiled the others find, and so does the next run.
+        os.environ.setdefault(
+            "JAX_COMPILATION_CACHE_DIR", str(config.rootpath / ".pytest_cache" / "compiled")
+        )
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def pytest_collection() -> None:
@@ -70,28 +75,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leaves out what this tier does not ask, unless it is asked for by its name."""
     if any("::" in argument for argument in config.args):
         return
-    rows: dict[Any, dict[str, Any]] = collections.defaultdict(dict)
+    rows: dict[Any, list[Any]] = collections.defaultdict(list)
     for item in items:
         if row := _row(item):
-            rows[_function(item)][row.name] = row
-    chosen = {key: {row.name for row in tiers.cover(found.values())} for key, found in rows.items()}
+            rows[_function(item)].append(row)
+    capable = {function: tiers.cover(found) for function, found in rows.items()}
+    kinds = {function: tiers.cover(found, "kinds") for function, found in capable.items()}
+
+    def is_asked(item: pytest.Item) -> bool:
+        row, few = _row(item), item.get_closest_marker("by_capability")
+        if row and few and row not in capable[_function(item)]:
+            return False
+        first = kinds if few or item.get_closest_marker("by_kind") else capable
+        waits = item.get_closest_marker("full") is not None or bool(row and row not in first[_function(item)])
+        if config.option.rest:
+            return waits or item.get_closest_marker("by_tier") is not None
+        return config.option.full or not waits
+
     kept, left = [], []
     for item in items:
-        row = _row(item)
-        is_other = row is not None and row.name not in chosen[_function(item)]
-        (kept if _is_asked(config, item, is_other) else left).append(item)
-    items[:] = kept
+        (kept if is_asked(item) else left).append(item)
     config.hook.pytest_deselected(items=left)
-
-
-def _is_asked(config: pytest.Config, item: pytest.Item, is_other: bool) -> bool:
-    """Whether this tier asks it; `is_other`: of a row that shows no capability that others do not show."""
-    if is_other and item.get_closest_marker("by_capability"):
-        return False
-    waits = is_other or item.get_closest_marker("full") is not None
-    if config.option.rest:
-        return waits or item.get_closest_marker("by_tier") is not None
-    return config.option.full or not waits
+    items[:] = kept
 
 
 def _row(item: pytest.Item) -> Any:

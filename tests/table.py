@@ -55,7 +55,7 @@ class Row:
         return frozenset(
             {
                 *((name, getattr(self, name)) for name in fields),
-                *((name, getattr(self, name)) for name in ("skips", "compares", "product", "radius")),
+                *((name, getattr(self, name)) for name in ("skips", "compares", "product")),
                 ("ascent only", self.make().ascent_only),
                 ("remembers", self.memory_copies > 0),
                 ("remembers scalars", self.memory_scalars > 0),
@@ -64,6 +64,16 @@ class Row:
                 ("contains an optimizer", "base_optimizer" in self.kwargs),
             }
         )
+
+    @functools.cached_property
+    def kinds(self) -> frozenset[str]:
+        """What tests of doors and of faults depend on, in short."""
+        kinds = {
+            "a whole optimizer": self.whole_optimizer,
+            "remembers": self.memory_copies > 0,
+            "skips": self.skips,
+        }
+        return frozenset(kind for kind, shown in kinds.items() if shown) or frozenset({"plain"})
 
     @property
     def skips(self) -> bool:

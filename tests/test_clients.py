@@ -224,7 +224,8 @@ class TinyResNet(nn.Module):
         return jnp.asarray(nn.Dense(3, dtype=self.dtype)(x + nn.relu(y)), jnp.float32)
 
 
-@pytest.mark.parametrize("half_precision", tiers.later([False, True], [True]))
+@pytest.mark.full
+@pytest.mark.parametrize("half_precision", [False, True])
 def test_imagenet(half_precision: bool) -> None:
     """Linen, pmap over 8 devices, BatchNorm, dynamic scale, an L2 penalty in the loss."""
     images = jax.random.normal(jax.random.key(0), (8, 4, 6))

@@ -66,12 +66,15 @@ PRECISIONS = {
 }
 
 
-def waits(form: str, precision: str) -> bool:
-    return precision != "float32" and form not in ("whole", "devices, local, shards")
-
-
+ZERO_AT_ONCE = {
+    ("whole", "float32"),
+    ("whole", "mixed"),
+    ("shards in a loop", "float32"),
+    ("microbatches", "bfloat16"),
+    ("devices, local, shards", "float32"),
+}
 ZERO_IN = [
-    pytest.param(form, precision, marks=pytest.mark.full if waits(form, precision) else ())
+    pytest.param(form, precision, marks=() if (form, precision) in ZERO_AT_ONCE else pytest.mark.full)
     for form in FORMS
     for precision in PRECISIONS
 ]

@@ -144,6 +144,7 @@ def assert_on_every_device(tree):
             np.testing.assert_array_equal(first, other)
 
 
+@pytest.mark.by_kind
 @every_row
 def test_pmap(row):
     step, tx = make_step(row)

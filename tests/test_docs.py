@@ -1,6 +1,7 @@
 """README and the pages of docs/ tell the truth: their code runs, and prints what stands there."""
 
 import contextlib
+import functools
 import io
 import pathlib
 import re
@@ -74,6 +75,7 @@ def test_the_gallery_is_short_and_shows_what_came_out(page: pathlib.Path) -> Non
             assert line in results, f"{page.name}: examples/RESULTS.md has no line {line!r}"
 
 
+@functools.cache
 def names_of(page: str) -> dict[str, Any]:
     """What the code of a page defines."""
     namespace: dict[str, Any] = {"__name__": page}

@@ -25,6 +25,7 @@ def _arm(name, setting=SETTING):
     return digits_recipes.variant_arm(name, digits_recipes.RECIPES[name].rho, setting)
 
 
+@pytest.mark.full
 def test_quick_run_as_a_user_starts_it(tmp_path):
     done = quick.program("examples/train_digits.py", "--quick", "--output", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr

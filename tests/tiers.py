@@ -1,7 +1,8 @@
 """Two tiers: without options what a change is likely to break, with `--full` everything.
 
 A question that is asked of rows of the table is asked, without `--full`, of the fewest of them that show
-every capability; marks say what else waits for `--full`, and what is asked of every row all the same.
+every capability. Marks say what else waits for `--full`, what is asked of every row all the same, and what
+is asked of fewer: of one row of each kind, and with `--full` of the fewest that show every capability.
 """
 
 import collections
@@ -27,15 +28,15 @@ def count(what: str, number: int = 1) -> None:
     COUNTS[what] += number
 
 
-def cover(rows: Iterable[Any]) -> list[Any]:
-    """The fewest of these rows, or nearly so, that show all of their capabilities."""
-    rows = list(rows)
-    missing = set().union(*(row.capabilities for row in rows))
+def cover(rows: Iterable[Any], what: str = "capabilities") -> list[Any]:
+    """The fewest of these rows, or nearly so, that show all of their capabilities, or all of their kinds."""
+    shows = {row: getattr(row, what) for row in rows}
+    missing = set().union(*shows.values())
     found = []
     while missing:
-        best = max(rows, key=lambda row: len(row.capabilities & missing))
+        best = max(shows, key=lambda row: len(shows[row] & missing))
         found.append(best)
-        missing -= best.capabilities
+        missing -= shows[best]
     return found
 
 
