@@ -73,14 +73,20 @@ ZERO_AT_ONCE = {
     ("microbatches", "bfloat16"),
     ("devices, local, shards", "float32"),
 }
-ZERO_IN = [
-    pytest.param(form, precision, marks=() if (form, precision) in ZERO_AT_ONCE else pytest.mark.full)
-    for form in FORMS
-    for precision in PRECISIONS
-]
+ZERO_OF_ALL = {("whole", "float32"), ("devices, local, shards", "float32")}
+"""Of all rows with `--full`; the others of the fewest that show every capability."""
 
 
-@pytest.mark.by_tier
+def zero_in(form: str, precision: str) -> Any:
+    """A case, with its marks."""
+    of_all, at_once = (form, precision) in ZERO_OF_ALL, (form, precision) in ZERO_AT_ONCE
+    marks = [*[pytest.mark.by_tier] * of_all, *[pytest.mark.full] * (not at_once)]
+    return pytest.param(form, precision, marks=marks)
+
+
+ZERO_IN = [zero_in(form, precision) for form in FORMS for precision in PRECISIONS]
+
+
 @pytest.mark.parametrize(("form", "precision"), ZERO_IN)
 def test_radius_zero_is_the_base_optimizer(form: str, precision: str) -> None:
     """Rows in one program, two steps where they remember: exactly if the rule uses both gradients, else to
@@ -89,7 +95,7 @@ def test_radius_zero_is_the_base_optimizer(form: str, precision: str) -> None:
     how = FORMS[form]
     # Shards in a loop cannot decide alike by their gradients.
     can = [row for row in AT_ZERO if not (row.evaluates_by_data and how.get("shard_mode") == "loop")]
-    rows = tiers.some(can) if precision == "float32" else tiers.cover(can)
+    rows = tiers.some(can) if (form, precision) in ZERO_OF_ALL else tiers.cover(can)
 
     def run(params: Any, batch: Any) -> Any:
         found = {}
