@@ -124,10 +124,9 @@ def test_radius_zero_is_the_base_optimizer(form: str, precision: str) -> None:
                 close(*jax.tree.map(lambda x: np.asarray(x, np.float32), (direction, clean)))
 
 
-@pytest.mark.by_tier
 def test_the_first_step_of_a_warm_up_is_the_base_optimizer() -> None:
     params, batch = table.params(jnp.bfloat16), table.batch(8, jnp.bfloat16)
-    for row in tiers.some(AT_ZERO):
+    for row in tiers.cover(AT_ZERO):
         variant = row.make(**{row.radius: optax.linear_schedule(0.0, 0.1, 10)})
         state = variant.init(params)
         value_and_grad = optax_sam.sam_value_and_grad(table.loss, variant, num_shards=2, batch_argnums=1)
