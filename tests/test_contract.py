@@ -365,6 +365,7 @@ def test_radius_of_a_schedule(row: Row) -> None:
         _, state = tx.update(grads, state, params)
 
 
+@pytest.mark.by_capability  # Three programs for each row, and one mechanism.
 @every_row
 def test_radius_changed_at_run_time(row: Row) -> None:
     """`optax.tree.set` changes a constant radius for good, whatever it is set to."""

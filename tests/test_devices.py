@@ -144,7 +144,7 @@ def assert_on_every_device(tree):
             np.testing.assert_array_equal(first, other)
 
 
-@pytest.mark.by_kind
+@pytest.mark.by_capability  # Since JAX 0.8 `pmap` is a `shard_map`.
 @every_row
 def test_pmap(row):
     step, tx = make_step(row)
@@ -157,8 +157,18 @@ def test_pmap(row):
 
 
 @every_row
-@pytest.mark.parametrize("check_vma", tiers.later([True, False], [True]))
-def test_shard_map(row, check_vma):
+def test_shard_map(row):
+    in_a_shard_map(row, check_vma=True)
+
+
+@pytest.mark.full
+@pytest.mark.by_capability
+@every_row
+def test_shard_map_that_checks_nothing(row):
+    in_a_shard_map(row, check_vma=False)
+
+
+def in_a_shard_map(row, *, check_vma):
     step, tx = make_step(row)
     params = make_params()
     run = jax.shard_map(
