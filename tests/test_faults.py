@@ -408,15 +408,13 @@ def quartic(w: Any, batch: Any) -> Any:
     return jnp.mean(batch) * jnp.sum(w**4)
 
 
-@pytest.mark.every_row
-@pytest.mark.parametrize(
-    "row", tiers.later(table.VARIANTS, [table.first(), table.first(skips=True)]), ids=lambda row: row.name
-)
+@all_rows(*table.VARIANTS)
 def test_nothing_is_compiled_after_the_first_calls(row: Row) -> None:
     """Operation by operation, whatever the loss and the parts of the batch."""
     variant, tx = row.optimizer()
     state, period = tx.init(VECTOR), max(2, len(row.evaluations))
-    how = IN_PARTS if row is table.first() else {"": IN_PARTS["rounds of microbatches"]}
+    is_first = row is tiers.cover(table.VARIANTS, "kinds")[0]
+    how = IN_PARTS if is_first else {"": IN_PARTS["rounds of microbatches"]}
     if row.evaluates_by_data:
         how = {"": {"num_shards": 2}}
     for options in ({}, *how.values()):

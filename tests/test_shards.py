@@ -29,7 +29,7 @@ def assert_close(got, want, rtol=1e-12, atol=1e-13):
         np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
 
 
-@pytest.mark.by_kind
+@pytest.mark.by_capability
 @every_row
 def test_parts_are_the_mean_of_single_evaluations(row):
     """Shards in a loop and, side by side, in rounds with microbatches, against one after the other."""
