@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 import table
-import tiers
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
