@@ -195,10 +195,11 @@ def figure(
     )
     right.invert_xaxis()
     reporting.label_ends(right, ends)
+    plain, sam = (np.mean(rows[:, -1] - rows[:, 0]) for rows in rounded.values())
     reporting.head(
         picture,
-        "A small transformer after training: bits per byte of text held out, less is better",
-        f"Mean over {options.seeds} paired seeds; bars: its 95 % interval.",
+        f"A small transformer in {BITS[-1]} bits: AdamW loses {plain:.2f} bits per byte, SAM {sam:.2f}",
+        f"Text held out, less is better. Mean over {options.seeds} paired seeds; bars: its 95 % interval.",
     )
     return picture
 
