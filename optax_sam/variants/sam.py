@@ -33,9 +33,9 @@ def sam(
       \epsilon = \rho \frac{g}{\|g\|_2}, \quad g = \nabla L(w), \quad u = \nabla L(w + \epsilon)
 
     Args:
-      rho: The radius, >= 0, or a schedule of the step; 0 recovers the base optimizer. 0.05 is the
-        usual first try. Up to 0.1 was safe wherever it was measured (docs/tuning.md); 0.2 often did
-        better, and lost 15 points on a network with BatchNorm at a large learning rate.
+      rho: The radius, >= 0, or a schedule of the step; 0 recovers the base optimizer. 0.05 is
+        cautious; docs/tuning.md begins with a warm-up to 0.1. On its images up to 0.1 was safe everywhere;
+        0.2 often did better, and lost 15 points on a network with BatchNorm at a large learning rate.
       ascent: The ascent rule; None for `optax_sam.ascent.normalized()`.
       steps: How many ascent steps, >= 1; None for one. Under `optax.inject_hyperparams` name it in
         `static_args`.
