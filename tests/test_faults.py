@@ -715,7 +715,7 @@ def test_an_average_by_hand_is_a_local_perturbation(row: Row) -> None:
     if row.clean_at_params:  # Else each device has noise of its own, where it is told of the others.
         chex.assert_trees_all_close(by_hand, local, rtol=1e-5, atol=1e-6)
     # Python 3.13 takes the indentation out of docstrings.
-    assert 'those of `perturbation="local"`' in " ".join(optax_sam.sam_value_and_grad.__doc__.split())
+    assert 'you get `perturbation="local"`' in " ".join(optax_sam.sam_value_and_grad.__doc__.split())
 
 
 # What Optax asks of every optimizer, asked of every constructor.
