@@ -251,6 +251,9 @@ CASES = {
     "friendly_sam": Case(optax_sam.friendly_sam, USUAL),
     "vasso": Case(optax_sam.vasso, USUAL),
     "msam": Case(optax_sam.msam, radii(0.075, 0.3, 1.2), kind="base"),
+    "lookbehind": Case(optax_sam.lookbehind, radii(0.025, 0.05, 0.2, alpha=0.5), kind="base"),
+    "ssam_f": Case(optax_sam.ssam_f, radii(0.05, 0.2, sparsity=0.5)),
+    "ssam_d": Case(optax_sam.ssam_d, radii(0.05, 0.2, sparsity=0.5)),
     "shifted_msam": Case(optax_sam.shifted_msam, radii(0.3, 1.2), kind="base"),
     "same": Case(optax_sam.same, radii(0.05)),  # Its default gains are those of SAM.
     "custom_same": Case(optax_sam.custom_same, CUSTOM_SAME),

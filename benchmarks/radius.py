@@ -289,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if options.tables:
         print(text_of(kept))
         return summarize(kept["rows"])
-    begin = time.perf_counter()
+    begin, order = time.perf_counter(), ["plain", *ARMS]
     for network in options.networks:
         for variant in ("plain", *options.variants):
             if any((row["network"], row["variant"]) == (network, variant) for row in kept["rows"]):
@@ -297,6 +297,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             warm_up = ARMS[variant].warm_up if variant in ARMS else 0.0
             trainer = Trainer(RECIPES[network], options.seeds, options.epochs, warm_up)
             kept["rows"] += measure(trainer, network, variant)
+            kept["rows"].sort(key=lambda row: (networks.index(row["network"]), order.index(row["variant"])))
             kept["machine"] = timing.machine()
             path.write_text(json.dumps(kept, indent=1) + "\n")
             seconds = time.perf_counter() - begin
