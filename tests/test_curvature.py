@@ -231,9 +231,8 @@ class TestCompositeLoss:
     )
     BATCHES = (IMAGES[:10], LABELS[:10]), (IMAGES[10:], LABELS[10:])
 
-    @pytest.mark.parametrize(
-        ("has_aux", "split"), [(True, False), pytest.param(False, True, marks=pytest.mark.full)]
-    )
+    @pytest.mark.full
+    @pytest.mark.parametrize(("has_aux", "split"), [(True, False), (False, True)])
     def test_gives_the_numbers_of_the_loss_and_of_gauss_newton(self, has_aux: bool, split: bool) -> None:
         loss, batches = self.WITH_AUX if has_aux else self.LOSS, list(self.BATCHES) if split else DATA
         for measure in (

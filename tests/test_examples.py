@@ -13,10 +13,11 @@ import optax
 import pytest
 import quick
 import table
-import tiers
 import train_digits
 
 import optax_sam
+
+pytestmark = pytest.mark.full  # The examples are run once, with the newest versions.
 
 SETTING = digits_recipes.Setting("momentum", None, 0.0, steps=20)
 
@@ -25,7 +26,6 @@ def _arm(name, setting=SETTING):
     return digits_recipes.variant_arm(name, digits_recipes.RECIPES[name].rho, setting)
 
 
-@pytest.mark.full
 def test_quick_run_as_a_user_starts_it(tmp_path):
     done = quick.program("examples/train_digits.py", "--quick", "--output", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
@@ -54,7 +54,6 @@ def test_quick_run_as_a_user_starts_it(tmp_path):
         assert f"{row['final']['mean']:.1f} ± {row['final']['sd']:.1f}" in done.stdout
 
 
-@pytest.mark.full
 def test_comparison(tmp_path, capsys, monkeypatch):
     # Two will do for the report; every variant is trained in the test of gradient evaluations.
     assert compare_variants.RECIPES is digits_recipes.RECIPES
@@ -83,7 +82,6 @@ def test_comparison_leaves_out_what_needs_momentum(tmp_path, capsys, monkeypatch
     assert "Left out: msam, which needs a base optimizer with momentum.\n" in capsys.readouterr().out
 
 
-@pytest.mark.full
 def test_comparison_tries_radii_on_other_seeds(capsys, tmp_path):
     options = ["--tune", "--variants", "gnp", "--epochs", "2", "--batch-size", "100"]
     found = compare_variants.main([*options, "--output", str(tmp_path)])
@@ -97,7 +95,7 @@ def test_comparison_tries_radii_on_other_seeds(capsys, tmp_path):
     assert f"gnp, rho 0.7: {found['gnp'][0.7]:.1f}, 1: {found['gnp'][1.0]:.1f}, " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", tiers.later(digits_recipes.RECIPES, ["sam", "looksam", "hessian_sam"]))
+@pytest.mark.parametrize("name", digits_recipes.RECIPES)
 def test_gradient_evaluations_are_as_the_table_says(name, monkeypatch):
     calls = []
 
@@ -197,7 +195,7 @@ def test_convolution_is_that_of_lax(stride, size):
     np.testing.assert_allclose(result, expected + params["params"]["bias"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("base", tiers.later(digits_recipes.BASES, ["momentum"]))
+@pytest.mark.parametrize("base", digits_recipes.BASES)
 def test_base_optimizers_learn_with_sam_and_l2(base):
     setting = digits_recipes.Setting(base, None, 1e-3, steps=200)
     arm = _arm("sam", setting)
@@ -222,7 +220,6 @@ def test_l2_is_added_after_the_variant():
     )
 
 
-@pytest.mark.full
 def test_cnn_learns_with_the_radius_meant_for_it(tmp_path):
     options = train_digits.parse(["--model", "cnn", "--output", str(tmp_path)])
     setting = digits_recipes.Setting("momentum", None, 0.0, steps=60)
@@ -329,7 +326,6 @@ def test_the_sentence_on_both_together():
     )
 
 
-@pytest.mark.full
 def test_claim_sam_resists_wrong_labels(tmp_path):
     """The main job on two of its five seeds: 12 points of final accuracy, more than 5 on each seed."""
     options = ("--seeds", "2", "--output", str(tmp_path))

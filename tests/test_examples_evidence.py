@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 
 import optax_sam
 
+pytestmark = pytest.mark.full  # The examples are run once, with the newest versions.
+
 # Rounding.
 
 
@@ -271,7 +273,6 @@ def test_help_and_bad_options(name, capsys, tmp_path):
         assert words in capsys.readouterr().err
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("name", [*PROGRAMS, "transformer_after"])
 def test_as_a_user_starts_it(name, tmp_path):
     small = {
@@ -291,7 +292,6 @@ def test_as_a_user_starts_it(name, tmp_path):
         assert f"{row['accuracy']['2 bits']['mean']:.1f}" in done.stdout
 
 
-@pytest.mark.full
 def test_claim_sam_survives_few_bits():
     """Digits, MLP, three seeds: less is lost in 2 bits, and nothing before rounding."""
     bench, chosen = quantize.Bench("mlp", 1000, 30), quantize.CHOSEN["digits", "mlp"]

@@ -22,8 +22,9 @@ from matplotlib.figure import Figure
 
 import optax_sam
 
+pytestmark = pytest.mark.full  # The examples are run once, with the newest versions.
 
-@pytest.mark.full
+
 @pytest.mark.parametrize(
     ("program", "printed"),
     [
@@ -49,7 +50,6 @@ def test_quick_run_as_a_user_starts_it(program, printed, tmp_path):
     assert f"\n{report['meaning']}\n" in done.stdout
 
 
-@pytest.mark.full
 def test_quick_run_of_the_landscape(tmp_path):
     done = quick.program("examples/landscape.py", "--quick", "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr

