@@ -85,7 +85,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         row, few = _row(item), item.get_closest_marker("by_capability")
         if row and few and row not in capable[_function(item)]:
             return False
-        first = kinds if few or item.get_closest_marker("by_kind") else capable
+        first = kinds if few else capable
         waits = item.get_closest_marker("full") is not None or bool(row and row not in first[_function(item)])
         if config.option.rest:
             return waits or item.get_closest_marker("by_tier") is not None
