@@ -1,6 +1,7 @@
 """What SAM sends on a machine of many chips: a transformer's train step compiled, not run.
 
     python benchmarks/pod_collectives.py
+    python benchmarks/pod_collectives.py --devices 8 --layouts fsdp
 
 For meshes of 8, 64 and 256 simulated devices, `data` x `model`, the collectives of the compiled step are
 counted, and the bytes that each device sends for them by the ring algorithm. Params are cut over `model`
@@ -8,13 +9,15 @@ and, over `data`, replicated or cut too (FSDP). Nothing is allocated: params, st
 """
 
 import argparse
+import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import timing
 
 # The batch per data shard, and the network: the collectives do not depend on the number of layers but
 # by a factor, so few of them do.
@@ -23,6 +26,20 @@ QUICK_NETWORK = {"layers": 2, "width": 64, "heads": 4, "hidden": 128, "vocabular
 EXAMPLES = 2
 MESHES = {8: (4, 2), 64: (16, 4), 256: (64, 4)}
 LAYOUTS = ("replicated", "fsdp")
+COLUMNS = [
+    "step",
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "permute",
+    "of scalars",
+    "MB over data",
+    "MB over model",
+    "of AdamW's bytes",
+    "temp MB",
+    "compile s",
+]
 METHODS = (
     "AdamW",
     "SAM, global",
@@ -36,7 +53,7 @@ METHODS = (
 
 
 def measure(num_devices: int, layout: str, network: dict[str, int]) -> None:
-    """Prints the rows for one mesh and layout, in a process that was started with so many devices."""
+    """Prints the rows of one mesh and layout as JSON, a row a line, in a process with so many devices."""
     import hlo
     import jax
     import jax.numpy as jnp
@@ -146,10 +163,9 @@ def measure(num_devices: int, layout: str, network: dict[str, int]) -> None:
         ]
         scalars = sum(c.times for c in found if not c.elements)
         baseline = baseline or sum(moved)
-        cells = [f"{num_devices} ({data} x {model})", layout, method, *map(str, counts), str(scalars)]
-        cells += [f"{x:.1f}" for x in moved]
+        cells = [method, *map(str, counts), str(scalars), *(f"{x:.1f}" for x in moved)]
         cells += [f"{sum(moved) / baseline:.2f}", f"{memory / 1e6:.0f}", f"{seconds:.0f}"]
-        print("| " + " | ".join(cells) + " |", flush=True)
+        print(json.dumps(cells), flush=True)
         return baseline
 
     if num_devices == min(MESHES) and layout == "replicated":
@@ -167,51 +183,34 @@ def measure(num_devices: int, layout: str, network: dict[str, int]) -> None:
     row(METHODS[7], compile_step(optax_sam.weight_noise(0.01)), max, baseline)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Starts one process for each mesh, as the number of devices cannot change in a running one."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
+    parser = timing.parser(__doc__, "results/pod_collectives")
+    add = parser.add_argument
+    add(
         "--devices",
         type=int,
         nargs="+",
         choices=MESHES,
         default=list(MESHES),
-        help="which meshes (default all)",
+        help="which meshes (default: all)",
     )
-    parser.add_argument(
+    add(
         "--layouts",
         nargs="+",
         choices=LAYOUTS,
         default=list(LAYOUTS),
-        help="of params over data (default both)",
+        help="of params over data (default: both)",
     )
-    quick = "a small network on the smallest mesh, to see that everything runs"
-    parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    add("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.inside:
         measure(options.devices[0], options.layouts[0], QUICK_NETWORK if options.quick else NETWORK)
-        return
+        return {}
+    options = timing.parse(parser, argv)
     if options.quick:
         options.devices, options.layouts = [min(MESHES)], ["replicated"]
-    from importlib.metadata import version
-
-    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "optax"))
-    print(f"Python {platform.python_version()}, {packages}; XLA for CPU, SPMD partitioner.\n")
-    columns = [
-        "devices (data x model)",
-        "params over data",
-        "step",
-        "all-reduce",
-        "all-gather",
-        "reduce-scatter",
-        "all-to-all",
-    ]
-    columns += ["permute", "of scalars", "MB over data", "MB over model", "of AdamW's bytes", "temp MB"]
-    columns += ["compile s"]
-    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns), flush=True)
+    content: dict[str, Any] = {"columns": COLUMNS, "tables": {}}
     for num_devices in options.devices:
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={num_devices}"
         environment = os.environ | {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
@@ -224,11 +223,20 @@ def main(argv: Sequence[str] | None = None) -> None:
                 str(num_devices),
                 "--layouts",
                 layout,
-                *(["--quick"] if options.quick else []),
             ]
-            subprocess.run(command, env=environment, check=True)
-    if options.quick:
-        print("\nsmoke test, not a result")
+            command += ["--quick"] if options.quick else []
+            done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+            data, model = MESHES[num_devices]
+            how = "replicated" if layout == "replicated" else "sharded too (FSDP)"
+            title = f"{num_devices} devices, data {data} x model {model}; over data, params are {how}:"
+            rows = [json.loads(line) for line in done.stdout.splitlines()]
+            content["tables"][title] = rows
+            print(f"\n{title}\n\n{timing.markdown(COLUMNS, rows)}", flush=True)
+    timing.write(options, "pod_collectives", content)
+    return content
+
+
+text_of = timing.tables_of
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def parser(description: str | None, output: str) -> argparse.ArgumentParser:
     quick = "seconds instead of minutes, to see that everything runs; it writes to `quick` in the folder"
     result.add_argument("--quick", action="store_true", help=quick)
     result.add_argument(
-        "--output", type=Path, default=Path(output), help="folder for the PNG (default: %(default)s)"
+        "--output", type=Path, default=Path(output), help="folder for the results (default: %(default)s)"
     )
     return result
 
@@ -192,9 +192,17 @@ def tables_of(content: Mapping[str, Any]) -> str:
 
 def save(picture: Any, options: argparse.Namespace, name: str, content: Mapping[str, Any]) -> None:
     """Writes a figure and the JSON, and says where; of a short form also that it says nothing."""
+    write(options, name, content)
+    path = options.output / f"{name}.png"
+    picture.savefig(path, dpi=110)
+    print(f"Written: {path}")
+
+
+def write(options: argparse.Namespace, name: str, content: Mapping[str, Any]) -> None:
+    """Writes the JSON, and says where; of a short form also that it says nothing."""
     if options.quick:
         print(f"\n{SMOKE}")
-    picture.savefig(options.output / f"{name}.png", dpi=110)
     everything = {"machine": machine(), **content}
-    (options.output / f"{name}.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
-    print(f"\nWritten: {options.output / name}.png and {name}.json")
+    path = options.output / f"{name}.json"
+    path.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    print(f"\nWritten: {path}")

@@ -46,12 +46,15 @@ def test_quick_form(program, tmp_path, capsys):
 
 
 @pytest.mark.full
-def test_quick_form_of_the_collectives():
-    done = quick.program("benchmarks/pod_collectives.py", "--quick")
+def test_quick_form_of_the_collectives(tmp_path):
+    done = quick.program("benchmarks/pod_collectives.py", "--quick", "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    rows = [line for line in done.stdout.splitlines() if line.startswith("| 8 (4 x 2)")]
-    assert [row.split(" | ")[2].strip() for row in rows] == list(pod_collectives.METHODS)
-    assert done.stdout.endswith("\nsmoke test, not a result\n")
+    content = json.loads((tmp_path / "quick" / "pod_collectives.json").read_text())
+    ((title, rows),) = content["tables"].items()
+    assert title == "8 devices, data 4 x model 2; over data, params are replicated:"
+    assert [row[0] for row in rows] == list(pod_collectives.METHODS)
+    assert f"\n{pod_collectives.text_of(content)}\n" in done.stdout
+    assert "\nsmoke test, not a result\n" in done.stdout
 
 
 @pytest.mark.full
