@@ -292,7 +292,7 @@ def floating(name: str, value: Any) -> None:
 
 
 def takes(name: str, function: Any, count: int) -> None:
-    """Refuses what cannot be called with so many positional arguments; None passes."""
+    """Raises unless a function is None or takes `count` positional arguments."""
     if function is None:
         return
     if not callable(function):

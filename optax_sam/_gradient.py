@@ -73,14 +73,14 @@ def gradient_at(fun: Callable[..., Any], call: Call) -> GradientAt:
 
     def composite(params: optax.Params, batch: Sequence[Any], cotangent: Any) -> Pass:
         loss = cast("CompositeLoss", fun)
-        _, inputs, targets = call.filled(params, batch)
 
         def outputs_of(params: optax.Params) -> Any:
-            outputs = loss.model_fn(params, inputs)
+            own, inputs, _ = call.filled(params, batch)
+            outputs = loss.model_fn(own, inputs)
             return outputs if call.has_aux else (outputs, None)
 
         def loss_of(outputs: Any) -> Any:
-            value = loss.output_loss(outputs, targets)
+            value = loss.output_loss(outputs, call.filled(params, batch)[-1])
             return scaled(value), value
 
         outputs, pull_back, aux = jax.vjp(outputs_of, params, has_aux=True)

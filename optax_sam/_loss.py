@@ -153,7 +153,7 @@ class Peers(NamedTuple):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Mark:
-    """A truth about a pass that is known before anything is computed."""
+    """A boolean that is static under `jit`."""
 
     is_true: bool = False
 
@@ -181,7 +181,7 @@ class Pass(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation rule returns; all but aux alike on all peers.
+    """What an evaluation rule returns. All fields but aux are equal on all peers.
 
     Attributes:
       value: The loss of the first pass. shape=()
@@ -315,14 +315,16 @@ class Loss:
           The pass.
 
         Raises:
-          TypeError: If `cotangent_of` is given and the loss is no `CompositeLoss`.
+          TypeError: If `cotangent_of` is given and its pass does not know the outputs of the network.
         """
         if cotangent_of is None:
             return self._evaluate(self.pass_at, perturbation)
         if cotangent_of.cotangent is None:
             msg = (
-                "This variant needs to see the outputs of the network: write the loss as "
-                "`optax_sam.CompositeLoss(model_fn, output_loss)`."
+                "This variant needs to see the outputs of the network: take the pair from "
+                "`optax_sam.sam_value_and_grad(optax_sam.CompositeLoss(model_fn, output_loss), variant)`. "
+                "Neither `grad_fn=` nor `optax_sam.nnx` shows them; with Flax NNX differentiate the state "
+                "that `nnx.split(model)` gives."
             )
             raise TypeError(msg)
         return self._evaluate(self.pass_at, perturbation, cotangent_of.cotangent)
@@ -440,6 +442,7 @@ class Loss:
           Its mean over shards and devices, in float32 or better. It is not differentiated.
 
         Raises:
+          TypeError: If it is no scalar.
           ValueError: If shards run one after the other, so that no decision can be made of all.
         """
         if len(jax.tree.leaves(x)) != 1 or np.shape(jax.tree.leaves(x)[0]):

@@ -230,7 +230,7 @@ def select(predicate: jax.Array, if_true: Any, if_false: Any) -> Any:
 def count_of(tree: Any, fraction: Any) -> jax.Array:
     """How many of all entries of a tree a fraction of them is, rounded."""
     total = sum(x.size for x in jax.tree.leaves(tree))
-    # Integers of 32 bits are exact; of more entries than these can count a share of 1e-7 is lost.
+    # Integers of 32 bits are exact. Beyond 2**32 entries the count is a float32, to within 1e-7 of it.
     number = jnp.uint32 if total < 2**32 else jnp.float32
     if isinstance(fraction, jax.Array):
         return jnp.round(fraction * total).astype(number)

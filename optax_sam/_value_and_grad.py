@@ -43,8 +43,8 @@ class SAMMetrics(NamedTuple):
         `ascent_examples` it is the loss of these examples.
       perturbed_loss: The loss at the perturbed point. NaN in steps with only one gradient.
       sharpness: Their difference, an estimate of sharpness for free. NaN in steps with only one gradient, and
-        with `ascent_examples` or `ascent_loss`, where the two losses are not comparable. `numpy.nanmean`
-        averages the rest.
+        with `ascent_examples`, `ascent_dtype` or `ascent_loss`, where the two losses are not comparable.
+        `numpy.nanmean` averages the rest.
       clean_norm: Norm of the clean gradient.
       perturbed_norm: Norm of the perturbed gradient.
       cosine: Cosine of the angle between the two; 1 in steps with only one gradient.
@@ -211,7 +211,7 @@ def sam_value_and_grad(
     plan = _make_plan(
         num_shards, shard_mode, microbatch_size, ascent_examples, ascent_dtype, batch_argnums, params_at
     )
-    same_loss = ascent_examples is None and ascent_loss is None
+    is_comparable = all(option is None for option in cheaper.values())
 
     def value_and_grads(*args: Any, state: Any = None, loss_scale: Any = None, **kwargs: Any) -> Any:
         call = Call(
@@ -235,7 +235,7 @@ def sam_value_and_grad(
                 lambda point, cotangent: ascent(point, examples, cotangent),
                 peers,
                 measures=return_metrics or current.compares,
-                climbs_apart=any(option is not None for option in cheaper.values()),
+                climbs_apart=not is_comparable,
             )
             return checked_evaluation(current.evaluate(loss, sam_state))
 
@@ -254,7 +254,7 @@ def sam_value_and_grad(
         grads = settle(evaluation, current, descend.precision)
         output = (evaluation.value, evaluation.aux) if has_aux else evaluation.value
         if return_metrics:
-            return output, grads, _metrics(evaluation, grads, sam_state.rho, same_loss)
+            return output, grads, _metrics(evaluation, grads, sam_state.rho, is_comparable)
         return output, grads
 
     return value_and_grads
@@ -291,12 +291,19 @@ def _check_ascent(
         )
         raise ValueError(msg)
     other = cheaper["ascent_loss"]
-    if other is None and isinstance(fun, SharpestExamples):
-        msg = (
-            "`SharpestExamples` is a loss for the second gradient: at params no loss has risen yet. Give the "
-            "first gradient all examples: `sam_value_and_grad(loss, variant, ascent_loss=loss.mean)`."
-        )
-        raise ValueError(msg)
+    if isinstance(fun, SharpestExamples):
+        if other is None or isinstance(other, SharpestExamples):
+            msg = (
+                "`SharpestExamples` is a loss for the second gradient: at params no loss has risen yet. Give "
+                "the first gradient all examples: `sam_value_and_grad(loss, variant, ascent_loss=loss.mean)`."
+            )
+            raise ValueError(msg)
+        if variant.made_by.name == "gated":
+            msg = (
+                "`SharpestExamples` compares examples by what the perturbation does to them, and a gated "
+                "variant has steps without one. Take the variant without its gate."
+            )
+            raise ValueError(msg)
     if other is not None:
         if not callable(other):
             msg = f"`ascent_loss` must be a loss, a function like `fun`, got {type(other).__name__}."
@@ -381,6 +388,12 @@ def _check_call(fun: Callable[..., Any], call: Call, state: Any, argnums: Any, b
             "pass the batch by position."
         )
         raise TypeError(msg)
+    if isinstance(fun, CompositeLoss) and (count != 3 or call.kwargs):
+        msg = (
+            "A `CompositeLoss` takes three positional arguments, `(params, inputs, targets)`, got "
+            f"{count} and the keywords {[*call.kwargs]}. Put several inputs into a tuple."
+        )
+        raise TypeError(msg)
     _checks.params(call.params)
     _check_keywords(fun, call, state)
 
@@ -421,12 +434,12 @@ def _read_state(
     return variant, match_structure(sam_state, lambda: cast("SAMState", variant.init(params)))
 
 
-def _metrics(evaluation: Evaluation, grads: SAMGradients, rho: jax.Array, same_loss: bool) -> SAMMetrics:
+def _metrics(evaluation: Evaluation, grads: SAMGradients, rho: jax.Array, is_comparable: bool) -> SAMMetrics:
     value, perturbed_value = _tree.upcast((evaluation.value, evaluation.perturbed_value))
     return SAMMetrics(
         loss=value,
         perturbed_loss=perturbed_value,
-        sharpness=perturbed_value - value if same_loss else _tree.unknown(value),
+        sharpness=perturbed_value - value if is_comparable else _tree.unknown(value),
         clean_norm=_tree.norm(grads.clean),
         perturbed_norm=_tree.norm(grads.perturbed),
         cosine=_tree.cosine(grads.clean, grads.perturbed),

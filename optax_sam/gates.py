@@ -99,6 +99,11 @@ def _combined(a: Gate, b: Gate, operation: Callable[..., jax.Array], sign: str) 
     )
 
 
+def _name_of(value: optax.ScalarOrSchedule) -> str:
+    """A number, or that it is a schedule: two that do the same are different objects."""
+    return "<schedule>" if callable(value) else str(value)
+
+
 def _check_gate(gate: Any) -> None:
     if not isinstance(gate, Gate):
         msg = (
@@ -112,7 +117,8 @@ def every(k: int) -> Gate:
     r"""Open every k-th step, the first one included: where :math:`t \bmod k = 0`.
 
     A step costs 1 + 1/k gradients on average. On digits with wrong labels the best radius grew with k
-    (docs/guides/cheaper_than_sam.md): begin with k times that of every step, but look whether it is safe.
+    (docs/guides/cheaper_than_sam.md): start at k times the radius that you take in every step,
+    and watch for a collapse.
 
     Args:
       k: The period, an integer >= 1.
@@ -170,8 +176,8 @@ def randomly(probability: optax.ScalarOrSchedule, key: int | jax.Array = 0) -> G
     r"""Open in random steps: a draw from the key, folded with the step, alike on all devices.
 
     Args:
-      probability: How often, in [0, 1], or a schedule of the step. A step costs so much more than one
-        gradient on average.
+      probability: How often, in [0, 1], or a schedule of the step. A step costs 1 + probability gradients
+        on average.
       key: The seed of the draws, an integer or a random key, typed or raw.
 
     Returns:
@@ -193,7 +199,7 @@ def randomly(probability: optax.ScalarOrSchedule, key: int | jax.Array = 0) -> G
         draw = jax.random.uniform(jax.random.fold_in(seed, now.step))
         return draw < value_at(probability, now.step), memory
 
-    return Gate(decide, name=f"randomly({probability})")
+    return Gate(decide, name=f"randomly({_name_of(probability)})")
 
 
 @serializable
@@ -247,7 +253,7 @@ def large_gradient(threshold: optax.ScalarOrSchedule = 0.0, decay: float = 0.9) 
         decide,
         lambda: Moments(jnp.zeros(()), jnp.zeros(())),
         by_gradient=True,
-        name=f"large_gradient({threshold}, {decay})",
+        name=f"large_gradient({_name_of(threshold)}, {decay})",
     )
 
 
@@ -280,14 +286,6 @@ class GatedMemory(NamedTuple):
     open_steps: jax.Array
 
 
-@serializable
-class _Decision(NamedTuple):
-    """How a gate that asks for the gradient decided, and by what; in floating-point numbers."""
-
-    is_open: jax.Array
-    squared_norm: jax.Array
-
-
 def gated(variant: SharpnessAwareTransformation, gate: Gate) -> SharpnessAwareTransformation:
     r"""A variant that pays for its second gradient in some steps only.
 
@@ -297,12 +295,13 @@ def gated(variant: SharpnessAwareTransformation, gate: Gate) -> SharpnessAwareTr
     In a shut step the second gradient is really not computed, the variant's memory is left alone, and the
     metrics of the perturbed point are NaN. The variant counts the steps in which it acts: LookSAM's period,
     F-SAM's first step and the keys of noise are those of open steps. Schedules of rho, and the gate, go by
-    the step of the training.
+    the step of the training; all other schedules of the variant, such as that of GSAM's alpha, by open steps.
 
     Args:
       variant: Any variant that has a plain step: not one that never takes the gradient at params, such as
-        `bsam`, `msam` and `weight_noise`, nor one that measures something for its direction in its first pass
-        (`eigen_sam`, `sam_sps`). Of a whole optimizer the base optimizer makes the plain steps.
+        `bsam`, `msam`, `sampa` and `weight_noise`, nor one that measures something for its direction in its
+        first pass (`eigen_sam`, `sam_sps`), nor `decoupled_wsam` with a schedule, which must be the base
+        optimizer's. Of a whole optimizer the base optimizer makes the plain steps.
       gate: One of `optax_sam.gates`, or several combined with `&`, `|` and `~`.
 
     Returns:
@@ -357,18 +356,20 @@ def gated(variant: SharpnessAwareTransformation, gate: Gate) -> SharpnessAwareTr
         evaluation = loss.pay_if(is_open, clean, lambda: _evaluation(variant, known, inner(state)))
         if squared is None:
             return evaluation
-        decision = _Decision(is_open.astype(squared.dtype), squared)
-        return evaluation._replace(gradients=evaluation.gradients._replace(statistics=decision))
+        # Once for each leaf of params: what wrappers do to gradients (masks, `nnx.Optimizer`) it survives.
+        decision = jnp.stack([is_open.astype(squared.dtype), squared])
+        statistics = jax.tree.map(lambda _: decision, loss.params)
+        return evaluation._replace(gradients=evaluation.gradients._replace(statistics=statistics))
 
     def descent(
         gradients: SAMGradients, state: SAMState, params: optax.Params | None, **extra_args: Any
     ) -> tuple[optax.Updates, GatedMemory]:
-        decision, squared = gradients.statistics, None
+        decision, squared = next(iter(jax.tree.leaves(gradients.statistics)), None), None
         if gate.by_gradient:  # Without a decision, as `clean_updates=` hands the pair in, it is made here.
-            squared = _tree.squared_norm(gradients.clean) if decision is None else decision.squared_norm
+            squared = _tree.squared_norm(gradients.clean) if decision is None else decision[1]
         is_open, memory = gate.decide(Now(state.step, state.rho, squared), state.memory.gate)
         if decision is not None:  # No rounding decides anew.
-            is_open = decision.is_open > 0.5
+            is_open = decision[0] > 0.5
         pair = gradients._replace(statistics=None, made_by=MadeBy(precision=gradients.made_by.precision))
         result: Any = variant.update(pair, inner(state), params, **extra_args)
         direction, new = result[0], result[1].memory
@@ -387,6 +388,7 @@ def gated(variant: SharpnessAwareTransformation, gate: Gate) -> SharpnessAwareTr
         ascent_only=variant.ascent_only and not gate.by_gradient,
         compares=variant.compares,
         is_optimizer=variant.is_optimizer,
+        has_plain_step=False,  # For a second gate: `&` combines gates.
         guards_memory=True,
         rho_name=variant.rho_name,
     )
@@ -408,7 +410,7 @@ def _evaluation(variant: SharpnessAwareTransformation, loss: Loss, state: SAMSta
     if evaluation.gradients.statistics is not None:
         msg = (
             f"`{variant.made_by.name}` measures something in its first pass, for its direction, so it has no "
-            "plain step. Take it without a gate."
+            "plain step: write `sharpness_aware(..., has_plain_step=False)`, and take it without a gate."
         )
         raise ValueError(msg)
     return evaluation
@@ -422,13 +424,11 @@ def _check_gated(variant: Any, gate: Any) -> None:
         )
         raise TypeError(msg)
     _check_gate(gate)
-    name = variant.made_by.name
     if not variant.has_plain_step:
+        name = variant.made_by.name
         msg = (
-            f"`{name}` has no plain step: it never takes the gradient at params, or needs more than it. "
-            "Take it without a gate, or gate another variant."
+            f"`{name}` has no plain step: it never takes the gradient at params, needs more than it, or has "
+            "a gate already. Take it without a gate, gate another variant, or combine gates, "
+            "`optax_sam.gated(variant, first & second)`."
         )
-        raise ValueError(msg)
-    if name == "gated":
-        msg = "The variant has a gate already: combine gates, `optax_sam.gated(variant, first & second)`."
         raise ValueError(msg)

@@ -1,4 +1,4 @@
-"""Losses that methods beside SAM's own add, climb along, or descend along."""
+"""Losses for BiSAM (its ascent), SAF and MESA (added to the loss) and ESAM (its descent)."""
 
 from __future__ import annotations
 
@@ -124,7 +124,9 @@ class SharpestExamples:
     The ascent goes along the mean over all examples, `ascent_loss=loss.mean`. A step costs one gradient of
     all examples, a forward pass of all at the perturbed point, and a gradient of the selected ones: about
     :math:`4/3 + \gamma`, for under `jit` the compiler finds that the losses at params are known from the
-    ascent. Call what `sam_value_and_grad` returns with the params once more, `clean_params=params`.
+    ascent. Call what `sam_value_and_grad` returns with the params once more, `clean_params=params`; with a
+    Flax NNX model `clean_params=nnx.clone(model)`. Where the radius is 0, no loss has risen, and the first
+    examples are taken.
 
     Each device, shard or microbatch selects among its own examples. In a batch that `jit` spreads over
     devices all are compared, and the selected ones move between devices, which JAX refuses on an explicit
@@ -164,7 +166,7 @@ class SharpestExamples:
     has_aux: bool = False
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be."""
+        """Checks the arguments."""
         _checks.static("fraction", self.fraction)
         _checks.number("fraction", self.fraction, low=0.0, high=1.0, above=True)
         for position in _checks.positions("batch_argnums", self.batch_argnums):
@@ -198,7 +200,9 @@ class SharpestExamples:
     def __call__(self, params: Any, *args: Any, clean_params: Any, **kwargs: Any) -> Any:
         """The mean over the selected examples. With `has_aux` a pair of it and aux."""
         before, _ = self._losses(clean_params, args, kwargs)
-        after, _ = self._losses(jax.lax.stop_gradient(params), args, kwargs)
+        # A model also holds what has no gradient, such as functions.
+        fixed = jax.tree.map(lambda x: jax.lax.stop_gradient(x) if isinstance(x, jax.Array) else x, params)
+        after, _ = self._losses(fixed, args, kwargs)
         count = max(1, round(self.fraction * len(before)))
         _, chosen = jax.lax.top_k(after - before, count)
         selected = list(args)

@@ -252,12 +252,12 @@ def test_what_aux_holds_besides_arrays_is_of_the_examples_that_were_seen(mode):
         np.testing.assert_allclose(jnp.stack(aux["means"]), expected, rtol=1e-9)
 
 
-def test_sharpness_of_different_examples_is_unknown():
+def test_sharpness_between_different_losses_is_unknown():
+    """Of other examples, or in less precision, whose rounding is as large as the sharpness."""
     params, batch, state = setting()
-    for examples, unknown in ((PART, True), (None, False)):
-        fun = optax_sam.sam_value_and_grad(
-            table.loss, SAM, return_metrics=True, batch_argnums=1, ascent_examples=examples
-        )
+    options = {"ascent_examples": PART}, {"ascent_dtype": jnp.float32}, {}
+    for how, unknown in zip(options, (True, True, False), strict=True):
+        fun = optax_sam.sam_value_and_grad(table.loss, SAM, return_metrics=True, batch_argnums=1, **how)
         *_, metrics = fun(params, batch, state=state)
         assert jnp.isnan(metrics.sharpness) == unknown
         assert jnp.isfinite(metrics.loss)

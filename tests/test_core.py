@@ -571,6 +571,21 @@ def test_the_ascent_along_another_loss() -> None:
         optax_sam.sam_value_and_grad(table.loss, optax_sam.sam(), ascent_loss=3)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_an_ascent_rule_gets_no_half_precision(steps: int) -> None:
+    dtypes = set()
+
+    def rule(gradient: Any, rho: Any, _: Any) -> Any:
+        dtypes.update(x.dtype.name for x in jax.tree.leaves(gradient))
+        return optax.tree.scale(rho, gradient)
+
+    variant = optax_sam.sam(0.1, steps=steps, step_mode="split", ascent=rule)
+    params = table.params(jnp.bfloat16)
+    state = variant.init(params)
+    optax_sam.sam_value_and_grad(table.loss, variant)(params, table.batch(8, jnp.bfloat16), state=state)
+    assert dtypes == {"float32"}
+
+
 def test_a_composite_loss_shows_its_parts_to_a_rule() -> None:
     """f = a b, l = (f - y)^2 / 2 at (1, 2), y = 0.5, by hand; SAM itself sees an ordinary loss."""
     loss = optax_sam.CompositeLoss(

@@ -2,6 +2,7 @@
 
 import functools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,8 @@ import optax
 import oracles
 import pytest
 import tiers
+from flax import nnx
+from flax.training.dynamic_scale import DynamicScale
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from timing import flops
@@ -114,6 +117,37 @@ def test_e13_the_selection():
     np.testing.assert_allclose((value, slope), ((0.5 + 1.1) / 2, (0.3 + 0.7) / 2), rtol=1e-6)
 
 
+def linear_losses(model, x):
+    return jnp.sum(jax.vmap(model)(x) ** 2, axis=1)
+
+
+@pytest.mark.parametrize("library", ["equinox", "nnx"])
+def test_models(library):
+    """Those of Equinox hold functions beside their params; those of NNX must not be given twice."""
+    loss, sam, x = SharpestExamples(linear_losses, 0.5), optax_sam.sam(0.1), jnp.asarray(oracles.batches()[0])
+    if library == "equinox":
+        model = clean = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
+        params = eqx.filter(model, eqx.is_inexact_array)
+    else:
+        model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+        clean, params = nnx.clone(model), nnx.state(model)
+    door = getattr(optax_sam, library).sam_value_and_grad(loss, sam, ascent_loss=loss.mean)
+    value, grads = door(model, x, clean_params=clean, state=sam.init(params))
+    np.testing.assert_allclose(value, jnp.mean(linear_losses(model, x)), rtol=1e-6)
+
+    def at(perturbation):
+        moved = jax.tree.map(jnp.add, params, perturbation)
+        return eqx.combine(moved, model) if library == "equinox" else nnx.merge(nnx.graphdef(model), moved)
+
+    length = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads.clean)))
+    perturbation = jax.tree.map(lambda g: 0.1 * g / length, grads.clean)
+    rise = linear_losses(at(perturbation), x) - linear_losses(model, x)
+    chosen = x[np.argsort(rise)[-4:]]
+    expected = jax.grad(lambda e: jnp.mean(linear_losses(at(e), chosen)))(perturbation)
+    for found, own in zip(jax.tree.leaves(grads.perturbed), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(found, own, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.full
 def test_aux_and_keywords():
     """Aux of the clean pass, of all examples; keywords reach the losses."""
@@ -177,8 +211,19 @@ def test_mistakes():
         SharpestExamples(example_losses, 0.5),
         r"`sam_value_and_grad\(loss, variant, ascent_loss=loss.mean\)`",
     )
-    with pytest.raises(ValueError, match=words):
-        optax_sam.sam_value_and_grad(loss, optax_sam.sam(0.1))
+    doors = (
+        optax_sam.sam_value_and_grad,
+        optax_sam.nnx.sam_value_and_grad,
+        optax_sam.equinox.sam_value_and_grad,
+        functools.partial(optax_sam.linen.dynamic_scale_value_and_grad, DynamicScale()),
+    )
+    for door in doors:
+        for other in (None, loss):
+            with pytest.raises(ValueError, match=words):
+                door(loss, optax_sam.sam(0.1), ascent_loss=other)
+    gated = optax_sam.gated(optax_sam.sam(0.1), optax_sam.gates.every(2))
+    with pytest.raises(ValueError, match="a gated variant has steps without one"):
+        optax_sam.sam_value_and_grad(loss, gated, ascent_loss=loss.mean)
     with pytest.raises(ValueError, match="`gsam` also descends along it"):
         optax_sam.sam_value_and_grad(loss, optax_sam.gsam(0.1), ascent_loss=loss.mean)
     with pytest.raises(TypeError, match="clean_params"):

@@ -14,6 +14,7 @@ import oracles
 import pytest
 import table
 import tiers
+from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 import optax_sam
@@ -86,6 +87,58 @@ def test_the_trajectory_is_the_papers(rule: str) -> None:
 
 
 @pytest.mark.usefixtures("in_float64")
+def test_behind_a_gate() -> None:
+    """Every other step is plain."""
+    points, _ = walk(optax_sam.gated(optax_sam.functional_sam(0.1), optax_sam.gates.every(2)))
+    w, velocity = oracles.first_params(), np.zeros(oracles.SIZE)
+    for i, (x, point) in enumerate(zip(oracles.batches(), points, strict=True)):
+        np.testing.assert_allclose(point, w, rtol=1e-10)
+        y = targets(x)
+        c, g = pulled_back(w, x, None, y)
+        velocity = 0.9 * velocity + (g if i % 2 else pulled_back(w + 0.1 * oracles.unit(g), x, c, y)[1])
+        w = w - 0.1 * velocity
+
+
+def test_with_flax_nnx() -> None:
+    """What `nnx.split` gives is a tree of params, as any other."""
+    model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(model)
+    loss = optax_sam.CompositeLoss(lambda params, x: nnx.merge(graph, params)(x), output_loss)
+    plain = optax_sam.CompositeLoss(lambda p, x: x @ p["kernel"] + p["bias"], output_loss)
+    variant, x = optax_sam.functional_sam(0.1), jnp.asarray(oracles.batches()[0])
+    y = targets(x)
+    own = {"kernel": model.kernel[...], "bias": model.bias[...]}
+    (_, found), (_, expected) = (
+        optax_sam.sam_value_and_grad(f, variant)(p, x, y, state=variant.init(p))
+        for f, p in ((loss, params), (plain, own))
+    )
+    for name in own:
+        np.testing.assert_allclose(found.perturbed[name][...], expected.perturbed[name], rtol=1e-6)
+    with pytest.raises(TypeError, match="Neither `grad_fn=` nor"):
+        optax_sam.nnx.sam_value_and_grad(
+            optax_sam.CompositeLoss(lambda model, x: model(x), output_loss), variant
+        )(model, x, y, state=variant.init(params))
+
+
+def test_how_it_is_called() -> None:
+    """A tuple of one param is taken apart; what is no input or target is refused."""
+    variant, params, x = (
+        optax_sam.functional_sam(0.1),
+        params_of(oracles.first_params()),
+        oracles.batches()[0],
+    )
+    y = targets(x)
+    _, expected = optax_sam.sam_value_and_grad(LOSS, variant)(params, x, y, state=variant.init(params))
+    of_tuple = optax_sam.sam_value_and_grad(LOSS, variant, argnums=(0,))
+    _, found = of_tuple(params, x, y, state=variant.init((params,)))
+    chex.assert_trees_all_close(found.perturbed, (expected.perturbed,), rtol=1e-6)
+    with pytest.raises(
+        TypeError, match=r"takes three positional arguments.*got 2 and the keywords \['targets'\]"
+    ):
+        optax_sam.sam_value_and_grad(LOSS, variant)(params, x, targets=y, state=variant.init(params))
+
+
+@pytest.mark.usefixtures("in_float64")
 def test_a_radius_of_zero_is_the_base_optimizer() -> None:
     points, _ = walk(optax_sam.functional_sam(0.0), steps=3)
     params = params_of(oracles.first_params())
@@ -128,9 +181,9 @@ def test_dtypes_doors_and_hyperparameters(dtype: Any) -> None:
 def test_what_does_not_show_the_outputs_is_refused() -> None:
     variant, params = optax_sam.functional_sam(0.1), table.params()
     state = variant.init(params)
-    with pytest.raises(TypeError, match=r"outputs of the network.*write the loss as .*CompositeLoss"):
+    with pytest.raises(TypeError, match=r"outputs of the network.*CompositeLoss.*`nnx.split\(model\)`"):
         optax_sam.sam_value_and_grad(table.loss, variant)(params, table.batch(), state=state)
-    with pytest.raises(TypeError, match="which `grad_fn=` does not show"):
+    with pytest.raises(TypeError, match="Neither `grad_fn=` nor"):
         variant.update(params, state, params, grad_fn=lambda params: params)
     with pytest.raises(ValueError, match="ascent_examples"):
         optax_sam.sam_value_and_grad(LOSS, variant, ascent_examples=0.5, batch_argnums=(1, 2))

@@ -140,21 +140,26 @@ GATEABLE = [row for row in GATEABLE if row.make().made_by.name != "ae_sam"]  # W
 
 @pytest.mark.parametrize("row", GATEABLE, ids=lambda row: row.name)
 def test_every_variant_behind_a_gate(row: table.Row) -> None:
-    """An open step is the variant's own, and a shut one a plain one: of its base optimizer, if it has one."""
-    variant, params, batch = row.make(), table.params(), table.batch()
+    """Open steps are the variant's own, and a shut one a plain one: of its base optimizer, if it has one."""
+    variant, params, batch = row.make(), table.params(), table.batch(seed=0)
     base = row.kwargs.get("base_optimizer")
     expected = jax.grad(table.loss)(params, batch)
     if base is not None:
         expected, _ = base.update(expected, base.init(params), params)
 
-    def direction(one: Any) -> Any:
-        state = one.init(params)
-        _, grads = optax_sam.sam_value_and_grad(table.loss, one)(params, batch, state=state)
-        return one.update(grads, state, params)[0]
+    def directions(one: Any, steps: int) -> Any:
+        state, found = one.init(params), []
+        for seed in range(steps):
+            _, grads = optax_sam.sam_value_and_grad(table.loss, one)(
+                params, table.batch(seed=seed), state=state
+            )
+            direction, state = one.update(grads, state, params)
+            found.append(direction)
+        return found
 
-    own = direction(variant)
-    for gate, wanted in ((gates.every(2), own), (gates.window(1), expected)):
-        found = direction(optax_sam.gated(variant, gate))
+    own = directions(variant, 3)
+    for gate, wanted in ((gates.every(1), own), (gates.window(1), [expected])):
+        found = directions(optax_sam.gated(variant, gate), len(wanted))
         for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
 
@@ -261,6 +266,18 @@ def test_pairs_of_another_gate_are_refused() -> None:
         SAM.update(grads, SAM.init(params), params)
 
 
+def test_schedules_in_gates_are_not_compared() -> None:
+    """Two that do the same are different objects, as of a program that builds its variant twice."""
+    params = table.params()
+    for gate in (gates.randomly, gates.large_gradient):
+        one, other = (optax_sam.gated(SAM, gate(optax.linear_schedule(0.0, 1.0, 9))) for _ in range(2))
+        state = one.init(params)
+        _, grads = optax_sam.sam_value_and_grad(table.loss, one)(params, table.batch(), state=state)
+        other.update(grads, state, params)
+        assert repr(one) == f"gated(sam(rho=0.1), {one.made_by.arguments[-1][1]})"
+        assert "(<schedule>" in repr(one)
+
+
 @pytest.mark.parametrize(
     ("variant", "name"),
     [
@@ -271,6 +288,10 @@ def test_pairs_of_another_gate_are_refused() -> None:
         (optax_sam.eigen_sam(0.1), "eigen_sam"),
         (optax_sam.sam_sps(0.1), "sam_sps"),
         (optax_sam.lookbehind(optax.sgd(0.1)), "lookbehind"),
+        (optax_sam.sampa(0.1), "sampa"),
+        (optax_sam.decoupled_wsam(optax.sgd(RISING), RISING), "decoupled_wsam"),
+        (optax_sam.gated(SAM, gates.every(2)), "gated"),
+        (optax_sam.ae_sam(), "ae_sam"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -287,8 +308,6 @@ def test_what_is_no_variant_and_no_gate() -> None:
             optax_sam.gated(SAM, wrong)
         with pytest.raises(TypeError, match=r"A gate must be one of `optax_sam\.gates`"):
             gates.every(2) & wrong
-    with pytest.raises(ValueError, match="has a gate already: combine gates"):
-        optax_sam.gated(optax_sam.gated(SAM, gates.every(2)), gates.every(3))
     measuring = optax_sam.sharpness_aware(
         0.1, evaluate=lambda loss, state: loss.pair(loss.ascent(), None, statistics=state.rho)
     )

@@ -232,6 +232,22 @@ def test_sam_is_the_one_of_optax():
     np.testing.assert_allclose(points, walks("table")["sam"], rtol=1e-12, atol=1e-12)
 
 
+def test_without_a_power_preconditioned_sam_is_sam_where_a_second_moment_is_zero():
+    """An entry that gets its first gradient in the second step."""
+    variant, sam = optax_sam.preconditioned_sam(RHO, 0.0), optax_sam.sam(RHO)
+    params = jnp.array([1.0, 2.0])
+    state = variant.init(params)
+
+    def loss(w, m):
+        return jnp.sum(m * w**2) / 2
+
+    _, grads = optax_sam.sam_value_and_grad(loss, variant)(params, jnp.array([1.0, 0.0]), state=state)
+    _, state = variant.update(grads, state, params)
+    _, found = optax_sam.sam_value_and_grad(loss, variant)(params, jnp.ones(2), state=state)
+    _, expected = optax_sam.sam_value_and_grad(loss, sam)(params, jnp.ones(2), state=sam.init(params))
+    np.testing.assert_allclose(found.perturbed, expected.perturbed, rtol=1e-7)
+
+
 def test_the_second_moment_of_preconditioned_sam_is_that_of_adam():
     """Which stands in Adam's state too, if both decay alike."""
     variant = optax_sam.preconditioned_sam(RHO, decay=0.9)

@@ -479,6 +479,25 @@ def test_variants(row: table.Row) -> None:
             chex.assert_trees_all_close(nnx.state(models[i], nnx.Param), params, rtol=1e-5, atol=1e-6)
 
 
+def test_a_gate_decides_once_with_shards() -> None:
+    """By the mean of the shards' squared norms, and not again by that of the mean gradient."""
+    variant = optax_sam.ae_sam(0.1)
+    model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.chain(variant, optax.sgd(0.1)), wrt=nnx.Param)
+    squares = []
+    for half in (X[:8], X[8:]):
+        gradient = nnx.grad(lambda model, x: jnp.mean(model(x) ** 2))(model, half)
+        squares.append(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(gradient)))
+    value_and_grad = optax_sam.nnx.sam_value_and_grad(
+        lambda model, x: jnp.mean(model(x) ** 2), variant, num_shards=2, batch_argnums=1
+    )
+    _, grads = value_and_grad(model, X, state=optimizer)
+    optimizer.update(model, grads)
+    memory = optimizer.opt_state[0].memory
+    np.testing.assert_allclose(memory.gate.mean[...], 0.1 * np.mean(squares), rtol=1e-5)
+    assert memory.open_steps[...] == 1
+
+
 def test_trains_a_part() -> None:
     """What the optimizer trains is what is perturbed: here the head; the rest is not differentiated."""
     sam = optax_sam.looksam(0.1, k=2)  # Has a memory, which must fit.

@@ -477,6 +477,12 @@ def test_e24_eigen_sam(store):
     _, grads = optax_sam.sam_value_and_grad(loss, many)(params, L1, state=state)
     _, after = many.update(grads, state, params)
     close(np.abs(flat(after.memory.vector)), (1.0, 0.0))
+    # A first product that was zero leaves no vector: the next one begins with noise again.
+    _, grads = optax_sam.sam_value_and_grad(loss, many)(
+        params, L1, state=state._replace(step=jnp.asarray(100))
+    )
+    _, after = many.update(grads, state, params)
+    close(np.abs(flat(after.memory.vector)), (1.0, 0.0))
 
 
 def test_e25_sampa(store):

@@ -84,14 +84,15 @@ def eigen_sam(
         return state.step % every == 0
 
     def estimate(loss: Loss, state: SAMState) -> optax.Updates:
-        """Power iterations, from the last estimate or at first from noise."""
+        """Power iterations, from the last estimate, or from noise where there is none."""
         zeros = _tree.zeros_like(loss.params)
 
         def gradient_at(perturbation: optax.Updates) -> optax.Updates:
             return _tree.upcast(loss.ascent(perturbation).gradient)
 
         noise = optax.tree.random_like(seed, zeros, jax.random.normal)
-        vector = _tree.select(state.step == 0, noise, state.memory.vector)
+        is_unknown = _tree.squared_norm(state.memory.vector) == 0.0
+        vector = _tree.select(is_unknown, noise, state.memory.vector)
         for _ in range(iterations):
             _, product = jax.jvp(gradient_at, (zeros,), (vector,))
             # The norm of leaves of several dtypes is in the best of them.

@@ -56,12 +56,6 @@ def functional_sam(
     rule = ascents.resolve(ascent)
 
     def evaluate(loss: Loss, state: SAMState) -> Evaluation:
-        if loss.given is not None:
-            msg = (
-                "`functional_sam` needs to see the outputs of the network, which `grad_fn=` does not show: "
-                "take the pair from `sam_value_and_grad(optax_sam.CompositeLoss(...), variant)`."
-            )
-            raise TypeError(msg)
         clean = loss.ascent()
         gradient = _tree.upcast(clean.gradient)
         perturbation = ascents.at_step(rule, state.step)(gradient, state.rho, loss.params)

@@ -36,7 +36,8 @@ def gnp(
       alpha: The weight of the perturbed gradient, the penalty's weight divided by r; in [0, 1], or a schedule
         of the step. 0 recovers the base optimizer, 1 SAM. Above 1: `wsam(alpha=...)`.
       normalize_clean: Divide the clean gradient by its norm first, as the authors' code does unless told
-        otherwise, and the paper does not. It is then no longer the gradient of that penalty.
+        otherwise, and the paper does not. It is then no longer the gradient of that penalty, and neither
+        rho = 0 nor alpha = 0 recovers the base optimizer.
       ascent: The ascent rule; None for `optax_sam.ascent.normalized()`.
 
     Returns:

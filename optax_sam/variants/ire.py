@@ -103,7 +103,8 @@ def ire(
         if clean_updates is not None:
             extra_args["clean_updates"] = clean_updates
         gradient = with_holes_of(state.flat, gradient)  # Inside a mask.
-        _checks.same_shapes("`curvature_updates`", gradient, state.flat, updates=True)
+        what = "The gradient" if curvature_updates is None else "`curvature_updates`"
+        _checks.same_shapes(what, gradient, state.flat, updates=True)
         base_updates, base_state = base.update(updates, state.base, params, **extra_args)
         due = (state.step >= start_step) & ((state.step - start_step) % interval == 0)
         due &= _tree.all_finite(gradient)

@@ -43,7 +43,9 @@ def preconditioned_sam(
       u_t = \nabla L(w_t + \epsilon_t), \quad \nu_t = \beta \nu_{t-1} + (1 - \beta)\, u_t^2
 
     With `optax.adam(..., b2=decay)` after it, :math:`\nu` is the second moment in Adam's own state, before
-    the correction of its bias, which the normalization takes out. The first step is one of SAM.
+    the correction of its bias, which the normalization takes out. The first step is one of SAM. Entries that
+    get their first gradient later, such as a row of an embedding that is looked up for the first time, take
+    nearly all of the radius in that step; a larger `eps` prevents it.
 
     Args:
       rho: The radius, >= 0, or a schedule of the step; 0 recovers the base optimizer.
@@ -85,7 +87,7 @@ def preconditioned_sam(
     def scale(g: jax.Array, moment: jax.Array) -> jax.Array:
         # A zero moment is kept from the power, whose derivative there is infinite.
         is_known = moment > 0.0
-        size = jnp.where(is_known, jnp.where(is_known, moment, 1.0) ** power, 0.0)
+        size = jnp.where(is_known, jnp.where(is_known, moment, 1.0) ** power, 0.0**power)
         return g / (size + eps)
 
     def climb(gradient: optax.Updates, state: SAMState, params: optax.Params) -> optax.Updates:

@@ -85,10 +85,10 @@ def _several_steps(ascent: ascents.Ascent, steps: int, mode: StepMode) -> Evalua
         rule = ascents.at_step(ascent, state.step)
         stride = state.rho / steps if mode == "split" else state.rho
         clean = loss.ascent()
-        perturbation = rule(clean.gradient, stride, loss.params)
+        perturbation = rule(_tree.upcast(clean.gradient), stride, loss.params)
         for _ in range(steps - 1):
-            here = loss.ascent(perturbation)
-            perturbation = optax.tree.add(perturbation, rule(here.gradient, stride, loss.params))
+            here = _tree.upcast(loss.ascent(perturbation).gradient)
+            perturbation = optax.tree.add(perturbation, rule(here, stride, loss.params))
             if mode == "pgd":
                 size = cast("Any", length)(perturbation, loss.params)
                 perturbation = _tree.into_ball(perturbation, size, state.rho)

@@ -92,11 +92,11 @@ def sampa(
     def descent(gradients: SAMGradients, state: SAMState, params: optax.Params) -> tuple[optax.Updates, Any]:
         del state, params
         perturbed = gradients.perturbed
-        # Where the point ahead lies too far for a finite gradient: else no later one would be nearer.
+        # Where the gradient ahead is not finite: the old memory would lead to the same point again.
         ahead = jax.tree.map(lambda c, p: jnp.where(jnp.isfinite(c), c, p), gradients.clean, perturbed)
         return _tree.blend(perturbed, ahead, mix), SAMPaMemory(ahead)
 
     def init_memory(params: optax.Params) -> SAMPaMemory:
         return SAMPaMemory(_tree.zeros_like(params))
 
-    return sharpness_aware(rho, None, descent, init_memory, evaluate=evaluate)
+    return sharpness_aware(rho, None, descent, init_memory, evaluate=evaluate, has_plain_step=False)

@@ -203,8 +203,8 @@ def ssam_d(
         draws = optax.tree.random_like(jax.random.fold_in(seed, state.step), gradient, jax.random.uniform)
 
         def lot(m: jax.Array, k: jax.Array, x: jax.Array) -> jax.Array:
-            # Those that were not in the mask come first, those that left it only where these are too few: of
-            # gradients that are exactly zero none is the smallest, and all of them leave.
+            # Those that were not in the mask come first. Those that left it come only where these are too
+            # few: gradients that are exactly zero tie, and all of them leave.
             return jnp.where(k, 0.0, jnp.where(m, 1.0, 2.0) - x)
 
         rest = _tree.smallest(jax.tree.map(lot, mask, kept, draws), total - missing)

@@ -160,4 +160,12 @@ def decoupled_wsam(
             lambda u, c, p: u - factor * (p - c), updates, gradients.clean, gradients.perturbed
         ), memory
 
-    return sharpness_aware(rho, ascent, descent, base.init, is_optimizer=True)
+    return sharpness_aware(
+        rho,
+        ascent,
+        descent,
+        base.init,
+        is_optimizer=True,
+        # Behind a gate a schedule would count open steps, and that of the base optimizer all steps.
+        has_plain_step=not callable(learning_rate),
+    )
