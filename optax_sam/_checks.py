@@ -291,6 +291,13 @@ def floating(name: str, value: Any) -> None:
         raise TypeError(msg)
 
 
+def given_params(name: str, params: Any) -> None:
+    """Raises if the params were left out of the call of `update`."""
+    if params is None:
+        msg = f"`{name}` needs the params: write `update(grads, state, params)`."
+        raise ValueError(msg)
+
+
 def takes(name: str, function: Any, count: int) -> None:
     """Raises unless a function is None or takes `count` positional arguments."""
     if function is None:

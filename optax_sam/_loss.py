@@ -266,11 +266,6 @@ class Loss:
     given: Pass | None = None
     climbs_apart: bool = False
 
-    @property
-    def _shares_ascent(self) -> bool:
-        """Whether one perturbation serves all devices."""
-        return self.peers.axis is not None and not self.peers.local
-
     def _average(self, tree: Any) -> Any:
         """The average over devices. Of shards it is taken once, after the average over shards."""
         if self.peers.axis is None or self.peers.num_shards > 1:
@@ -298,7 +293,7 @@ class Loss:
         if perturbation is None and self.given is not None:
             return self.given
         here = self._evaluate(self.ascent_pass_at, perturbation)
-        if not self._shares_ascent:
+        if self.peers.axis is None or self.peers.local:  # A perturbation of its own.
             return here
         value, gradient, displacement = self._average((here.value, here.gradient, here.displacement))
         return here._replace(value=value, gradient=gradient, displacement=displacement, is_shared=_Mark(True))

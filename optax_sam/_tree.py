@@ -20,20 +20,13 @@ def cond_or_if(predicate: jax.Array, if_true: Callable[[], Any], if_false: Calla
 
 
 def upcast(tree: Any) -> Any:
-    """The tree with every leaf in float32 or better."""
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32)), tree)
-
-
-def upcast_floats(tree: Any) -> Any:
     """The tree with its floating-point leaves in float32 or better, and all others as they are."""
 
     def up(x: Any) -> Any:
         dtype = jnp.result_type(x)
-        return (
-            jnp.asarray(x, jnp.promote_types(dtype, jnp.float32))
-            if jnp.issubdtype(dtype, jnp.floating)
-            else x
-        )
+        if not jnp.issubdtype(dtype, jnp.floating):
+            return x
+        return jnp.asarray(x, jnp.promote_types(dtype, jnp.float32))
 
     return jax.tree.map(up, tree)
 

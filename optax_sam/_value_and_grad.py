@@ -408,17 +408,17 @@ def _check_keywords(fun: Callable[..., Any], call: Call, state: Any) -> None:
     if isinstance(fun, functools.partial):
         given = {**given, **fun.keywords}
     own = {name: x for name, x in signature.parameters.items() if name not in given}
-    shadowed = [name for name in ("loss_scale",) if name in own and call.loss_scale is not None]
-    if "state" in own and (own["state"].default is inspect.Parameter.empty or not holds_variant(state)):
-        shadowed.append("state")
-    if shadowed:
-        name = shadowed[0]
-        what = {"state": "the optimizer's state", "loss_scale": "the factor of the loss"}[name]
-        msg = (
-            f"The loss has an argument `{name}` of its own, and `{name}=` is {what} here, which the loss "
-            f"does not get. Pass its own by position, or bind it: `functools.partial(loss, {name}=...)`."
-        )
-        raise TypeError(msg)
+    if "loss_scale" in own and call.loss_scale is not None:
+        name, what = "loss_scale", "the factor of the loss"
+    elif "state" in own and (own["state"].default is inspect.Parameter.empty or not holds_variant(state)):
+        name, what = "state", "the optimizer's state"
+    else:
+        return
+    msg = (
+        f"The loss has an argument `{name}` of its own, and `{name}=` is {what} here, which the loss does "
+        f"not get. Pass its own by position, or bind it: `functools.partial(loss, {name}=...)`."
+    )
+    raise TypeError(msg)
 
 
 def _read_state(

@@ -526,7 +526,7 @@ def sharpness_aware(
         params = as_arrays(params)
         memory = () if init_memory is None else init_memory(params)
         if not is_optimizer:  # Whose base optimizer keeps the dtypes that it likes.
-            memory = _tree.upcast_floats(memory)
+            memory = _tree.upcast(memory)
         return SAMState(jnp.zeros((), jnp.int32), first_rho(rho, params), memory)
 
     def update(

@@ -74,15 +74,8 @@ def fisher(eta: float = 1.0, eps: float = 1e-12) -> AscentRule:
     def perturb(gradient: optax.Updates, rho: Any, params: optax.Params) -> optax.Updates:
         del params
         gradient = _tree.upcast(gradient)
-
-        def solve(g: jax.Array) -> jax.Array:
-            # F^-1 g as 1 / (1/g + eta g): g^2 would overflow long before g does.
-            safe = jnp.where(g == 0.0, jnp.ones_like(g), g)
-            return jnp.where(g == 0.0, g, 1.0 / (1.0 / safe + eta * safe))
-
-        solved = jax.tree.map(solve, gradient)
-        roots = jax.tree.map(lambda g, x: jnp.sqrt(jnp.abs(g)) * jnp.sqrt(jnp.abs(x)), gradient, solved)
-        length = jnp.hypot(_tree.norm(roots), eps**0.5)
+        solved = jax.tree.map(lambda g: g / (1.0 + eta * jnp.square(g)), gradient)
+        length = _tree.root(_tree.dot(gradient, solved) + eps)
         length = jnp.where(length == 0.0, jnp.ones_like(length), length)
         return _tree.rescale(solved, rho, length)
 

@@ -29,11 +29,7 @@ def size_of(w: jax.Array, granularity: str, output_axis: int) -> jax.Array:
         return jnp.abs(w)
     if granularity == "leaf":
         return _tree.norm(w)
-    # In units of the largest weight, whose square may leave the range of floats.
-    axes = other_axes(w, output_axis)
-    largest = jnp.max(jnp.abs(w), axis=axes, keepdims=True, initial=0.0)
-    unit = jnp.where(largest > 0.0, largest, jnp.ones_like(largest))
-    return unit * _tree.root(jnp.sum(jnp.square(w / unit), axis=axes, keepdims=True))
+    return _tree.root(jnp.sum(jnp.square(w), axis=other_axes(w, output_axis), keepdims=True))
 
 
 def adaptive(

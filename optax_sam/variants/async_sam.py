@@ -93,5 +93,7 @@ def async_sam(
         return AsyncSAMMemory(_tree.zeros_like(params))
 
     if reuse == "perturbed":
-        return sharpness_aware(rho, None, descent, init_memory, evaluate=evaluate_once, has_plain_step=False)
+        return sharpness_aware(
+            rho, None, descent, init_memory, evaluate=evaluate_once, compares=False, has_plain_step=False
+        )
     return sharpness_aware(rho, None, descent, init_memory, climb=climb, ascent_only=True)

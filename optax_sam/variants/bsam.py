@@ -134,9 +134,7 @@ def bsam(
     def descent(
         gradients: SAMGradients, state: SAMState, params: optax.Params | None
     ) -> tuple[optax.Updates, Any]:
-        if params is None:
-            msg = "`bsam` needs the params: write `update(grads, state, params)`."
-            raise ValueError(msg)
+        _checks.given_params("bsam", params)
         momentum, precision = state.memory
         statistics = gradients.statistics
         if statistics is None:  # Through the door without statistics: those of the one gradient.

@@ -157,7 +157,14 @@ def msam(
         return update, MSAMMemory(new, _tree.select(moves, _tree.upcast(update), state.memory.update))
 
     return sharpness_aware(
-        rho, None, descent, init_memory, evaluate=evaluate, is_optimizer=True, has_plain_step=False
+        rho,
+        None,
+        descent,
+        init_memory,
+        evaluate=evaluate,
+        compares=False,
+        is_optimizer=True,
+        has_plain_step=False,
     )
 
 
@@ -237,9 +244,7 @@ def shifted_msam(
     def update(
         updates: Any, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, ShiftedMSAMState]:
-        if params is None:
-            msg = "`shifted_msam` needs the params: write `update(grads, state, params)`."
-            raise ValueError(msg)
+        _checks.given_params("shifted_msam", params)
         if is_pair(updates, params):
             msg = (
                 "`shifted_msam` takes one gradient, at the params as they are: that of `jax.value_and_grad`. "

@@ -90,9 +90,7 @@ def sam_sps(
     def descent(
         gradients: SAMGradients, state: SAMState, params: optax.Params | None
     ) -> tuple[optax.Updates, Any]:
-        if params is None:
-            msg = "`sam_sps` needs the params: write `update(grads, state, params)`."
-            raise ValueError(msg)
+        _checks.given_params("sam_sps", params)
         if gradients.statistics is None:
             raise TypeError(_NEEDS_VALUES)
         squares = jnp.maximum(_tree.squared_norm(gradients.perturbed), 1e-12)
