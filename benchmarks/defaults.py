@@ -506,7 +506,7 @@ def text_of(content: Mapping[str, Any]) -> str:
         [
             "Plain training:",
             baselines(rows),
-            'All settings; "default" speaks of the arguments in the same row:',
+            'All settings; the column "default" says whether the row has the default arguments:',
             table(summarize(rows)),
             "Collapsed runs in the last epoch, median (10 % to 90 %):",
             collapses(rows),

@@ -21,7 +21,7 @@ def number(
     below: bool = False,
     integer: bool = False,
 ) -> None:
-    """Refuses what is not a number in the range; of a traced one only the shape can be told.
+    """Raises unless it is a number in the range; of a traced one only the shape can be told.
 
     Args:
       name: The argument's name, for the message.
@@ -50,7 +50,7 @@ def number(
 
 
 def static(name: str, value: Any) -> None:
-    """Refuses an array, in place of a number that decides the shape of the program."""
+    """Raises if it is an array: the number decides the shape of the program."""
     if isinstance(value, jax.Array):
         msg = (
             f"`{name}` decides what is evaluated and must be a Python number, got an array. Under "
@@ -60,7 +60,7 @@ def static(name: str, value: Any) -> None:
 
 
 def static_integer(name: str, value: Any, *, low: float = -np.inf) -> None:
-    """Refuses what is no Python integer, of a number that decides the shape of the program."""
+    """Raises unless it is a Python integer: the number decides the shape of the program."""
     static(name, value)
     number(name, value, low=low, integer=True)
 
@@ -108,7 +108,7 @@ def value(output: Any) -> Any:
 
 
 def choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Refuses what is not one of the names."""
+    """Raises unless it is one of the names."""
     if value not in choices:
         listed = ", ".join(repr(c) for c in choices)
         msg = f"`{name}` must be one of {listed}, got {value!r}."
@@ -116,7 +116,7 @@ def choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def params(tree: Any) -> None:
-    """Refuses params that a perturbation cannot move: anything but floating-point arrays."""
+    """Raises if params hold anything but floating-point arrays, which alone can be perturbed."""
     _no_nnx_object(tree)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         dtype = getattr(leaf, "dtype", None)
@@ -158,7 +158,7 @@ def _of_equinox(tree: Any) -> str:
 
 
 def _no_nnx_object(tree: Any) -> None:
-    """Refuses a module of `flax.nnx`, which JAX opens like a pytree; variables and their states pass."""
+    """Raises for a module of `flax.nnx`, which JAX treats as a pytree; variables and their states pass."""
     kind = getattr(sys.modules.get("flax.nnx"), "Pytree", ())  # Where it is not imported there is no module.
     for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kind)):
         if isinstance(x, kind):
@@ -224,7 +224,7 @@ def _kind(x: Any) -> str:
 
 
 def same_shapes(name: str, tree: Any, params: Any, *, updates: bool = False) -> None:
-    """Refuses a tree whose structure or shapes are not those of params; for updates it says what helps."""
+    """Raises unless a tree has the structure and shapes of params; for updates it says what helps."""
     if jax.tree.structure(tree) != jax.tree.structure(params):
         advice = " What changes the structure of updates, as `optax.flatten` does, comes after the variant."
         msg = f"{name} must have the structure of params, got {difference(tree, params, 'params have')}."
@@ -245,7 +245,7 @@ def is_optimizer(value: Any) -> bool:
 
 
 def no_optimizer(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Refuses a constructor's arguments in the form of `optax.contrib.sam`."""
+    """Raises if a constructor gets an optimizer, as `optax.contrib.sam` does."""
     if is_optimizer(args[0] if args else kwargs.get("optimizer")):
         msg = (
             f"`{name}` takes a radius, got an optimizer. That is the form of `optax.contrib.sam(optimizer, "
@@ -256,7 +256,7 @@ def no_optimizer(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> N
 
 
 def optimizer(name: str, value: Any) -> None:
-    """Refuses what is not an Optax transformation."""
+    """Raises unless it is an Optax transformation."""
     if not is_optimizer(value):
         msg = (
             f"`{name}` must be an Optax optimizer such as `optax.sgd(0.1)`, got {value!r} of type "
@@ -266,7 +266,7 @@ def optimizer(name: str, value: Any) -> None:
 
 
 def mask(name: str, value: Any) -> None:
-    """Refuses what is no pytree of booleans or arrays; a function of params that returns one passes."""
+    """Raises unless it is a pytree of booleans or arrays, or a function from params to one."""
     if callable(value):
         return
     for path, leaf in jax.tree_util.tree_leaves_with_path(value):
@@ -281,7 +281,7 @@ def mask(name: str, value: Any) -> None:
 
 
 def floating(name: str, value: Any) -> None:
-    """Refuses what is no floating-point dtype."""
+    """Raises unless it is a floating-point dtype."""
     try:
         dtype = jax.numpy.dtype(value)
     except TypeError:
@@ -319,7 +319,7 @@ def takes(name: str, function: Any, count: int) -> None:
 
 
 def grad_fn(function: Any) -> None:
-    """Refuses what is no function from params to a gradient."""
+    """Raises unless it is a function from params to a gradient."""
     try:
         takes("grad_fn", function, 1)
     except TypeError as error:
@@ -331,7 +331,7 @@ def grad_fn(function: Any) -> None:
 
 
 def numbers(name: str, value: Any, count: int, *, low: float = -np.inf, schedules: bool = False) -> None:
-    """Refuses what is not a sequence of so many numbers (or schedules, where these are allowed)."""
+    """Raises unless it is a sequence of so many numbers (or schedules, where these are allowed)."""
     if not isinstance(value, tuple | list) or len(cast("Sequence[Any]", value)) != count:
         msg = f"`{name}` must be a tuple of {count} numbers, got {value!r}."
         raise ValueError(msg)

@@ -224,7 +224,7 @@ def is_mean(path: Any, leaf: Any) -> bool:
 def in_loop(loop: Callable[[Callable[..., T]], T], turn: Callable[..., T], is_traced: bool) -> T:
     """`loop(turn)`, in which a loop of JAX is a plain Python loop outside of a trace.
 
-    There it would be compiled in every call, for it closes over the loss and its arguments.
+    Otherwise it would be compiled in every call, because it closes over the loss and its arguments.
     """
     if is_traced:
         return loop(turn)

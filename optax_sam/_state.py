@@ -115,7 +115,7 @@ def injected_arguments(state: optax.OptState, rho_name: str) -> dict[str, Any]:
                 "update: the gradients of a step would be taken with the radius of the step before. "
                 "Give the schedule to the variant, as `optax_sam.sam(schedule)`, or name it in the "
                 f'static arguments, `optax.inject_hyperparams(..., static_args=("{rho_name}",))'
-                f"({rho_name}=schedule, ...)`. Its value is in the variant's state all the same, as `rho`."
+                f"({rho_name}=schedule, ...)`. Its value is still in the variant's state, as `rho`."
             )
             raise ValueError(msg)
         # Each as its only leaf: `flax.nnx.Optimizer` puts every array into a variable.

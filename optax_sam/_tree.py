@@ -215,6 +215,16 @@ def blend(old: Any, new: Any, weight: Any) -> Any:
     return jax.tree.map(lambda x, y: (1.0 - weight) * x + weight * y, old, new)
 
 
+def at_every_leaf(x: jax.Array, tree: Any) -> Any:
+    """An array in place of every leaf: in this form statistics survive what wrappers do to gradients."""
+    return jax.tree.map(lambda _: x, tree)
+
+
+def first_leaf(tree: Any, default: Any = None) -> Any:
+    """The array of `at_every_leaf`; the default of a tree without leaves."""
+    return next(iter(jax.tree.leaves(tree)), default)
+
+
 def select(predicate: jax.Array, if_true: Any, if_false: Any) -> Any:
     """`jnp.where` for trees."""
     return jax.tree.map(lambda x, y: jnp.where(predicate, x, y), if_true, if_false)

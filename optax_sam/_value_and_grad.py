@@ -279,7 +279,7 @@ def _check_functions(fun: Any, variant: Any, has_aux: bool) -> None:
 def _check_ascent(
     fun: Any, variant: SharpnessAwareTransformation, cheaper: dict[str, Any], has_aux: bool
 ) -> None:
-    """Refuses an ascent gradient of its own for variants that do more with the clean gradient than climb."""
+    """Raises if the ascent has another gradient than the variant needs, or a loss that cannot serve it."""
     asked = [name for name, value in cheaper.items() if value is not None]
     if asked and not variant.ascent_only:
         msg = (
@@ -399,7 +399,7 @@ def _check_call(fun: Callable[..., Any], call: Call, state: Any, argnums: Any, b
 
 
 def _check_keywords(fun: Callable[..., Any], call: Call, state: Any) -> None:
-    """Refuses a loss whose own argument has the name of a keyword here, and so would not get its value."""
+    """Raises if an argument of the loss has the name of a keyword here, and so would not get its value."""
     try:
         signature = inspect.signature(fun)
         given = signature.bind_partial(*call.args, **call.kwargs).arguments

@@ -398,7 +398,7 @@ def _check_functions(
     evaluate: Any,
     ascent_only: bool | None,
 ) -> None:
-    """Refuses functions that cannot be called as they will be, and two that say the same thing."""
+    """Raises if a function cannot be called as it will be, or if two exclude each other."""
     _checks.takes("descent", descent, 3)
     _checks.takes("init_memory", init_memory, 1)
     _checks.takes("climb", climb, 3)

@@ -356,15 +356,13 @@ def gated(variant: SharpnessAwareTransformation, gate: Gate) -> SharpnessAwareTr
         evaluation = loss.pay_if(is_open, clean, lambda: _evaluation(variant, known, inner(state)))
         if squared is None:
             return evaluation
-        # Once for each leaf of params: what wrappers do to gradients (masks, `nnx.Optimizer`) it survives.
-        decision = jnp.stack([is_open.astype(squared.dtype), squared])
-        statistics = jax.tree.map(lambda _: decision, loss.params)
+        statistics = _tree.at_every_leaf(jnp.stack([is_open.astype(squared.dtype), squared]), loss.params)
         return evaluation._replace(gradients=evaluation.gradients._replace(statistics=statistics))
 
     def descent(
         gradients: SAMGradients, state: SAMState, params: optax.Params | None, **extra_args: Any
     ) -> tuple[optax.Updates, GatedMemory]:
-        decision, squared = next(iter(jax.tree.leaves(gradients.statistics)), None), None
+        decision, squared = _tree.first_leaf(gradients.statistics), None
         if gate.by_gradient:  # Without a decision, as `clean_updates=` hands the pair in, it is made here.
             squared = _tree.squared_norm(gradients.clean) if decision is None else decision[1]
         is_open, memory = gate.decide(Now(state.step, state.rho, squared), state.memory.gate)

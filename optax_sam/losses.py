@@ -79,7 +79,7 @@ def trajectory(logits: jax.Array, past_logits: jax.Array, temperature: float = 5
     .. math::
       T^2\, \mathrm{KL}\left(\mathrm{softmax}(z^{\mathrm{past}} / T) \,\|\, \mathrm{softmax}(z / T)\right)
 
-    It keeps the loss from falling steeply along the path of training, for the price of no second gradient.
+    It keeps the loss from falling steeply along the path of training, without a second gradient.
     The past outputs are those that the same examples had some epochs ago (SAF: keep them by the number of the
     example), or those of averaged params, such as `optax.ema` keeps them (MESA: one more forward pass).
 
@@ -123,8 +123,8 @@ class SharpestExamples:
 
     The ascent goes along the mean over all examples, `ascent_loss=loss.mean`. A step costs one gradient of
     all examples, a forward pass of all at the perturbed point, and a gradient of the selected ones: about
-    :math:`4/3 + \gamma`, for under `jit` the compiler finds that the losses at params are known from the
-    ascent. Call what `sam_value_and_grad` returns with the params once more, `clean_params=params`; with a
+    :math:`4/3 + \gamma`, because under `jit` the compiler reuses the losses at params that the ascent has
+    computed. Call what `sam_value_and_grad` returns with the params once more, `clean_params=params`; with a
     Flax NNX model `clean_params=nnx.clone(model)`. Where the radius is 0, no loss has risen, and the first
     examples are taken.
 
@@ -156,8 +156,8 @@ class SharpestExamples:
 
     References:
       Du et al., `Efficient Sharpness-Aware Minimization for Improved Training of Neural Networks
-      <https://arxiv.org/abs/2110.03141>`_, ICLR 2022; the authors' code keeps one example less, for it takes
-      those above the last of the largest.
+      <https://arxiv.org/abs/2110.03141>`_, ICLR 2022; the authors' code keeps one example fewer, because
+      it takes those strictly above the smallest selected rise.
     """
 
     example_losses: Callable[..., Any]

@@ -23,7 +23,8 @@ def warmup(rho: optax.ScalarOrSchedule, steps: int) -> optax.Schedule:
 
     Args:
       rho: The radius after the warm-up; >= 0. A schedule is multiplied by the factor.
-      steps: How many steps the warm-up takes; >= 1. A tenth to a third of all steps is usual.
+      steps: How many steps the warm-up takes; >= 1. Begin with 30 % of all steps; a tenth
+        to a third is usual.
 
     Returns:
       A schedule: a function of the step.

@@ -43,7 +43,7 @@ def test_the_page_of_a_variant_is_complete(page: str) -> None:
     name = page.split("/")[1]
     text = PAGES[page]
     assert f"autofunction:: optax_sam.{name}(" in text
-    for row in ("take it for", "paper", "direction", "gradients a step"):
+    for row in ("use it for", "paper", "direction", "gradients a step"):
         assert f"| {row} | " in text, f"docs/choosing.md has no row of `{name}` that says: {row}"
 
 

@@ -70,7 +70,7 @@ def test_the_gallery_is_short_and_shows_what_came_out(page: pathlib.Path) -> Non
     assert len(code.splitlines()) < 80
     own = {path.stem for path in (ROOT / "examples").glob("*.py")} - {"landscape"}
     assert not set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE)) & own
-    for line in text.partition("## As it came out")[2].splitlines():
+    for line in text.partition("## Results")[2].splitlines():
         if "±" in line:
             assert line in results, f"{page.name}: examples/RESULTS.md has no line {line!r}"
 

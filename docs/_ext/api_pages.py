@@ -212,7 +212,7 @@ def facts(variant: str) -> str:
     """A variant at a glance, from the tables of the pages on choosing and tuning."""
     rows: list[tuple[str, str]] = []
     if chosen := row("choosing.md", "By what you need", variant):
-        rows.append(("take it for", chosen[0]))
+        rows.append(("use it for", chosen[0]))
     if described := row("choosing.md", "All variants", variant):
         rows += zip(
             ("paper", "direction", "gradients a step", "copies of params"), described[1:], strict=False

@@ -251,8 +251,8 @@ def scaled(multipliers: Any, rule: Ascent | None = None) -> AscentRule:
 
     References:
       Haas et al., `Effective Sharpness Aware Minimization Requires Layerwise Perturbation Scaling
-      <https://arxiv.org/abs/2411.00075>`_, NeurIPS 2024, after its abstract: the mechanism; which exponents
-      of the width are right stands in the paper.
+      <https://arxiv.org/abs/2411.00075>`_, NeurIPS 2024, after its abstract: the mechanism; see the paper for
+      the right exponents of the width.
     """
     inner = resolve(rule, "rule")
     if not callable(multipliers):

@@ -44,7 +44,7 @@ def hessian_sam(
       >>> state = variant.init(params)
       >>> _, grads = optax_sam.sam_value_and_grad(loss, variant)(params, state=state)
       >>> direction, state = variant.update(grads, state, params)
-      >>> print([f"{x:.4f}" for x in direction])  # SAM's, for the loss is quadratic.
+      >>> print([f"{x:.4f}" for x in direction])  # SAM's, because the loss is quadratic.
       ['10.9950', '1.0100']
 
     References:

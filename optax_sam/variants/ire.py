@@ -57,9 +57,9 @@ def ire(
     Returns:
       An optimizer. Its `update` takes what the base optimizer's takes, and as `curvature_updates=` a
       gradient whose square stands for the curvature. The paper's is a gradient with labels that the
-      model itself draws, which `sampled_label_gradient` makes; it is looked at every `interval`
-      steps. Without it the clean gradient that the base optimizer is handed stands in. A gradient
-      that is not finite leaves the choice as it was. No gradient evaluations of its own; one byte per
+      model itself draws, which `sampled_label_gradient` makes; it is used every `interval` steps.
+      Without it the clean gradient that the base optimizer gets is used. A gradient that is not
+      finite leaves the choice as it was. No gradient evaluations of its own; one byte per
       weight, a boolean, as state.
 
     Examples:

@@ -84,8 +84,7 @@ def sam_sps(
         model = _tree.upcast(perturbed.value) - _tree.dot(perturbed.gradient, perturbation)
         if loss.peers.num_shards == 1:
             model = loss.mean(model)
-        # Once for each leaf of params: what wrappers do to gradients (masks, `nnx.Optimizer`) it survives.
-        return loss.pair(clean, perturbed, statistics=jax.tree.map(lambda _: model, loss.params))
+        return loss.pair(clean, perturbed, statistics=_tree.at_every_leaf(model, loss.params))
 
     def descent(
         gradients: SAMGradients, state: SAMState, params: optax.Params | None
@@ -93,8 +92,8 @@ def sam_sps(
         _checks.given_params("sam_sps", params)
         if gradients.statistics is None:
             raise TypeError(_NEEDS_VALUES)
+        model = _tree.first_leaf(gradients.statistics, jnp.zeros(()))
         squares = jnp.maximum(_tree.squared_norm(gradients.perturbed), 1e-12)
-        model = next(iter(jax.tree.leaves(gradients.statistics)), jnp.zeros(()))
         rate = jnp.clip((model - min_loss) / squares, 0.0, max_learning_rate)
         decayed = jax.tree.map(lambda p, w: p + weight_decay * w, gradients.perturbed, _tree.upcast(params))
         return jax.tree.map(lambda d: -rate * d, decayed), state.memory
