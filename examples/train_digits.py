@@ -71,7 +71,7 @@ def run(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, Curves]:
 # Options.
 
 
-def shared_options(parser: argparse.ArgumentParser, output: str, seeds: int) -> None:
+def shared_options(parser: argparse.ArgumentParser, output: str, seeds: int, epochs: int = 100) -> None:
     """The options of all comparisons of optimizers on digits with wrong labels."""
     rates = ", ".join(f"{name} {base.learning_rate:g}" for name, base in BASES.items())
     add = parser.add_argument
@@ -91,7 +91,7 @@ def shared_options(parser: argparse.ArgumentParser, output: str, seeds: int) -> 
     )
     add("--batch-size", type=number(int, 1, NUM_TRAIN), default=50, help="default: %(default)s")
     add("--model", choices=MODELS, default="mlp", help="default: %(default)s")
-    reporting.common_options(parser, output, epochs=(100, 10), seeds=(seeds, 2))
+    reporting.common_options(parser, output, epochs=(epochs, 10), seeds=(seeds, 2))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -14,6 +14,7 @@ import quick
 import tiers
 
 os.environ["MPLBACKEND"] = "agg"
+gc.set_threshold(100_000, 50, 100)  # Tracing makes many small objects: look for garbage less often.
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
