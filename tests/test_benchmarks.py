@@ -10,6 +10,7 @@ import accelerator
 import by_hand
 import cheap_sam
 import counts
+import defaults
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ import peers
 import pod_collectives
 import pytest
 import quick
+import rounding
 import scaling
 import step_cost
 import tiers
@@ -99,6 +101,24 @@ def test_quick_form_of_the_counts(tmp_path, monkeypatch):
     assert sam["state"] - sgd["state"] == 4  # The radius; both count their steps.
     assert 1.9 < vasso["state"] / sgd["state"] < 2.1
     assert json.loads((tmp_path / "quick" / "counts.json").read_text()) == content
+
+
+@pytest.mark.full
+def test_quick_form_of_rounding(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(defaults, "RECIPES", {"mlp": defaults.RECIPES["mlp"]})
+    content = rounding.main(["--quick", "--output", str(tmp_path)])
+    assert [(row["rate"], row["labels"]) for row in content["rows"]] == [
+        (rate, labels) for labels in ("wrong", "clean") for rate in (0.02, 0.1)
+    ]
+    assert {np.shape(row["accuracy"]) for row in content["rows"]} == {(2, 1)}
+    assert f"\n{rounding.text_of(content)}\n" in capsys.readouterr().out
+
+
+def test_a_weight_is_moved_by_one_rounding():
+    weights = jnp.array([1.0, -3.0, 0.1, 1e-3])
+    moved = rounding.nudged({"w": weights}, jax.random.key(0))["w"]
+    assert np.all(np.asarray(moved) != np.asarray(weights))
+    np.testing.assert_allclose(moved, weights, rtol=1.5e-7, atol=0)
 
 
 @pytest.mark.full
