@@ -452,7 +452,8 @@ class Loss:
                     "`shard_mode='vmap'`, which runs all shards side by side."
                 )
                 raise ValueError(msg)
-            x = _mean_over_shards(x)
+            # Also where it is the same for all shards: else an outer `vmap` would be averaged over.
+            x = _mean_over_shards(jnp.where(self.peers.shard >= 0, x, x))
         return x if self.peers.axis is None else jax.lax.pmean(x, self.peers.axis)
 
     def random_key(self, key: jax.Array) -> jax.Array:

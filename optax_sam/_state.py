@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -88,18 +88,18 @@ def find_state(state: optax.OptState, optimizer: str = "") -> SAMState:
     return found[0]
 
 
-def injected_arguments(state: optax.OptState, rho_name: str) -> dict[str, Any]:
+def injected_arguments(state: optax.OptState, names: Collection[str]) -> dict[str, Any]:
     """What `optax.inject_hyperparams` around the variant holds, as scalars: what a user sets there counts.
 
     Args:
       state: The state of the optimizer.
-      rho_name: What the variant calls its radius.
+      names: The arguments of the variant.
 
     Returns:
       All injected hyperparameters by their names; empty if nothing is injected.
 
     Raises:
-      ValueError: If the radius is a schedule there, which would lag one step.
+      ValueError: If an argument of the variant is a schedule there, which would lag one step.
     """
     found: dict[str, Any] = {}
 
@@ -109,25 +109,26 @@ def injected_arguments(state: optax.OptState, rho_name: str) -> dict[str, Any]:
         hyperparams: Any = getattr(node, "hyperparams", None)
         if not isinstance(hyperparams, Mapping) or not holds_variant(getattr(node, "inner_state", ())):
             return False
-        if rho_name in getattr(node, "hyperparams_states", ()):
-            msg = (
-                f"`{rho_name}` is a schedule of `optax.inject_hyperparams`, which evaluates it in the "
-                "update: the gradients of a step would be taken with the radius of the step before. "
-                "Give the schedule to the variant, as `optax_sam.sam(schedule)`, or name it in the "
-                f'static arguments, `optax.inject_hyperparams(..., static_args=("{rho_name}",))'
-                f"({rho_name}=schedule, ...)`. Its value is still in the variant's state, as `rho`."
-            )
-            raise ValueError(msg)
+        schedules = getattr(node, "hyperparams_states", ())
         # Each as its only leaf: `flax.nnx.Optimizer` puts every array into a variable.
         found.update(
             {name: jax.tree.leaves(x)[0] for name, x in cast("Mapping[str, Any]", hyperparams).items()}
         )
-        for name in getattr(node, "hyperparams_states", ()):
+        for name in schedules:
             if jnp.issubdtype(jnp.result_type(found[name]), np.bool_):
                 msg = (
                     f"`{name}` gives a boolean: it is a mask, a function of params, which "
                     "`optax.inject_hyperparams` takes for a schedule of the step. Name it in the static "
                     f'arguments, `static_args=("{name}",)`.'
+                )
+                raise ValueError(msg)
+            if name in names:
+                msg = (
+                    f"`{name}` is a schedule of `optax.inject_hyperparams`, which evaluates it in the "
+                    "update: the gradients of a step would be taken with its value of the step before. Give "
+                    "the schedule to the variant, as `optax_sam.sam(schedule)`, or name it in the static "
+                    f'arguments, `optax.inject_hyperparams(..., static_args=("{name}",))({name}=schedule, '
+                    "...)`. The radius is still in the variant's state, as `rho`."
                 )
                 raise ValueError(msg)
         return False

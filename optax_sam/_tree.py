@@ -12,11 +12,28 @@ from jax.core import Tracer
 _SMALL = 4096  # Entries of a leaf that is reduced together with others.
 
 
-def cond_or_if(predicate: jax.Array, if_true: Callable[[], Any], if_false: Callable[[], Any]) -> Any:
-    """`jax.lax.cond`, or a plain `if` outside of a trace, where `cond` would compile in every call."""
-    if isinstance(predicate, Tracer):
-        return jax.lax.cond(predicate, if_true, if_false)
-    return if_true() if predicate else if_false()
+def cond_or_if(
+    predicate: jax.Array, if_true: Callable[[], Any], if_false: Callable[[], Any], *, promotes: bool = False
+) -> Any:
+    """`jax.lax.cond`, or a plain `if` outside of a trace, where `cond` would compile in every call.
+
+    Both branches must return the same dtypes, unless it `promotes` what they return to dtypes for both.
+    """
+    if not isinstance(predicate, Tracer):
+        return if_true() if predicate else if_false()
+    if promotes:
+        if_true, if_false = _in_common_dtypes(if_true, if_false)
+    return jax.lax.cond(predicate, if_true, if_false)
+
+
+def _in_common_dtypes(*branches: Callable[[], Any]) -> list[Callable[[], Any]]:
+    """The branches of a conditional, cast to the dtypes that hold the results of both."""
+    like = jax.tree.map(lambda *x: jnp.result_type(*x), *map(jax.eval_shape, branches))
+
+    def cast(branch: Callable[[], Any]) -> Callable[[], Any]:
+        return lambda: jax.tree.map(lambda x, dtype: jnp.asarray(x, dtype), branch(), like)
+
+    return [cast(branch) for branch in branches]
 
 
 def upcast(tree: Any) -> Any:

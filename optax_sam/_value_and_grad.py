@@ -426,11 +426,13 @@ def _read_state(
 ) -> tuple[SharpnessAwareTransformation, SAMState]:
     """The variant and its state, with what `optax.inject_hyperparams` holds in force."""
     sam_state = find_state(state, variant.made_by.name if variant.is_optimizer else "")
-    injected = injected_arguments(state, variant.rho_name)
-    if variant.rho_name in injected:
-        sam_state = sam_state._replace(rho=injected[variant.rho_name])
+    injected = injected_arguments(state, (variant.rho_name, *variant.arguments))
     if injected and variant.remake is not None:
         variant = variant.remake(**injected)
+    if variant.rho_name in injected:
+        # A constructor may make its radius of the argument.
+        given = variant.rho if variant.remake is not None else injected[variant.rho_name]
+        sam_state = sam_state if callable(given) else sam_state._replace(rho=jnp.asarray(given))
     return variant, match_structure(sam_state, lambda: cast("SAMState", variant.init(params)))
 
 

@@ -48,6 +48,7 @@ class SharpnessAwareTransformation(optax.GradientTransformationExtraArgs):
       rho_name: What the variant calls its radius.
       has_plain_step: Whether it can do with the gradient at params alone, as `gated` lets it in some steps.
       made_by: The name and the arguments of its constructor, as its pairs of gradients carry them.
+      arguments: The names of its constructor's arguments.
       remake: Makes it anew with some of the constructor's arguments replaced, or None.
       describe: Gives the call of the constructor, for people to read, or None.
     """
@@ -60,6 +61,7 @@ class SharpnessAwareTransformation(optax.GradientTransformationExtraArgs):
     rho_name: str
     has_plain_step: bool
     made_by: MadeBy
+    arguments: tuple[str, ...] = ()
     remake: Callable[..., SharpnessAwareTransformation] | None
     describe: Callable[[], str] | None = None
 
@@ -122,6 +124,7 @@ def constructor(function: Callable[P, T]) -> Callable[P, T]:
 
             constants = tuple((key, x) for key, x in bound.arguments.items() if _is_constant(x))
             variant.made_by, variant.remake = MadeBy(name, constants), remake
+            variant.arguments = tuple(signature.parameters)
             variant.describe = lambda: f"{name}({', '.join(_shown(signature, bound.arguments))})"
         return variant
 
@@ -347,9 +350,9 @@ def _evaluate_by(
         filled = jax.tree.map(lambda x, y: y if is_hole(x) else x, point, all_params, is_leaf=is_hole)
         found = grad_fn(filled)
         _checks.same_shapes("What `grad_fn` returns", found, all_params)
-        return Pass(unknown, with_holes_of(params, found))
+        return Pass(unknown, _tree.upcast(with_holes_of(params, found)))
 
-    given = Pass(unknown, gradient, displacement=jnp.zeros((), jnp.float32))
+    given = Pass(unknown, _tree.upcast(gradient), displacement=jnp.zeros((), jnp.float32))
     loss = Loss(params, pass_at, pass_at, Peers(), measures=variant.compares, given=given)
     return settle(checked_evaluation(variant.evaluate(loss, state)), variant)
 

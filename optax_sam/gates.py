@@ -348,6 +348,7 @@ def gated(variant: SharpnessAwareTransformation, gate: Gate) -> SharpnessAwareTr
                 is_open,
                 lambda: _evaluation(variant, loss, inner(state)),
                 lambda: loss.pair(loss.at(), None),
+                promotes=True,  # The cheaper pass may have its own.
             )
         clean = loss.ascent()
         squared = loss.mean(_tree.squared_norm(clean.gradient)) if gate.by_gradient else None
@@ -362,12 +363,7 @@ def gated(variant: SharpnessAwareTransformation, gate: Gate) -> SharpnessAwareTr
     def descent(
         gradients: SAMGradients, state: SAMState, params: optax.Params | None, **extra_args: Any
     ) -> tuple[optax.Updates, GatedMemory]:
-        decision, squared = _tree.first_leaf(gradients.statistics), None
-        if gate.by_gradient:  # Without a decision, as `clean_updates=` hands the pair in, it is made here.
-            squared = _tree.squared_norm(gradients.clean) if decision is None else decision[1]
-        is_open, memory = gate.decide(Now(state.step, state.rho, squared), state.memory.gate)
-        if decision is not None:  # No rounding decides anew.
-            is_open = decision[0] > 0.5
+        is_open, memory = _decided(gate, gradients, state)
         pair = gradients._replace(statistics=None, made_by=MadeBy(precision=gradients.made_by.precision))
         result: Any = variant.update(pair, inner(state), params, **extra_args)
         direction, new = result[0], result[1].memory
@@ -394,10 +390,27 @@ def gated(variant: SharpnessAwareTransformation, gate: Gate) -> SharpnessAwareTr
     return result
 
 
+def _decided(gate: Gate, gradients: SAMGradients, state: SAMState) -> tuple[jax.Array, Any]:
+    """How the gate decided in the evaluation, and what it remembers."""
+    if not gate.by_gradient:
+        return gate.decide(Now(state.step, state.rho), state.memory.gate)
+    if gradients.statistics is None:
+        msg = (
+            "A gate that looks at the gradient needs to know how it decided: pass `update` the pair of "
+            "`sam_value_and_grad` as it is, or write `update(grads.perturbed, state, params, "
+            "clean_updates=grads.clean, statistics=grads.statistics)`."
+        )
+        raise TypeError(msg)
+    opened, squared = _tree.first_leaf(gradients.statistics, jnp.zeros(2))
+    _, memory = gate.decide(Now(state.step, state.rho, squared), state.memory.gate)
+    return opened > 0.0, memory  # No rounding decides anew, and no scaling of the pair.
+
+
 def _sign(result: SharpnessAwareTransformation, variant: SharpnessAwareTransformation, gate: Gate) -> None:
     """Lets a gated variant know what it is made of, as `constructor` does for others."""
     arguments = (("variant", variant.made_by.name), *variant.made_by.arguments, ("gate", gate.name))
     result.made_by, remake = MadeBy("gated", arguments), variant.remake
+    result.arguments = variant.arguments
     result.describe = lambda: f"gated({variant!r}, {gate!r})"
     if remake is not None:
         result.remake = lambda **arguments: gated(remake(**arguments), gate)

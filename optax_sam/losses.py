@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_sam import _checks
+from optax_sam import _checks, _tree
 from optax_sam._gradient import batch_size
 
 
@@ -124,8 +124,8 @@ class SharpestExamples:
     The ascent goes along the mean over all examples, `ascent_loss=loss.mean`. A step costs one gradient of
     all examples, a forward pass of all at the perturbed point, and a gradient of the selected ones: about
     :math:`4/3 + \gamma`, because under `jit` the compiler reuses the losses at params that the ascent has
-    computed. Call what `sam_value_and_grad` returns with the params once more, `clean_params=params`; with a
-    Flax NNX model `clean_params=nnx.clone(model)`. Where the radius is 0, no loss has risen, and the first
+    computed. Pass the params a second time, as `clean_params=params`; a Flax NNX model as
+    `clean_params=nnx.clone(model)`. Where the radius is 0, no loss has risen, and the first
     examples are taken.
 
     Each device, shard or microbatch selects among its own examples. In a batch that `jit` spreads over
@@ -199,12 +199,13 @@ class SharpestExamples:
 
     def __call__(self, params: Any, *args: Any, clean_params: Any, **kwargs: Any) -> Any:
         """The mean over the selected examples. With `has_aux` a pair of it and aux."""
-        before, _ = self._losses(clean_params, args, kwargs)
+        # Each pass gets a copy: random keys and states of models must not move between them.
+        before, _ = self._losses(clean_params, *jax.tree.map(lambda x: x, (args, kwargs)))
         # A model also holds what has no gradient, such as functions.
         fixed = jax.tree.map(lambda x: jax.lax.stop_gradient(x) if isinstance(x, jax.Array) else x, params)
-        after, _ = self._losses(fixed, args, kwargs)
+        after, _ = self._losses(fixed, *jax.tree.map(lambda x: x, (args, kwargs)))
         count = max(1, round(self.fraction * len(before)))
-        _, chosen = jax.lax.top_k(after - before, count)
+        _, chosen = jax.lax.top_k(_tree.upcast(after) - _tree.upcast(before), count)
         selected = list(args)
         for i in _checks.positions("batch_argnums", self.batch_argnums):
             selected[i - 1] = jax.tree.map(lambda x: jnp.take(x, chosen, axis=0), args[i - 1])

@@ -778,3 +778,27 @@ def test_a_pair_says_what_it_is_and_prints_no_array() -> None:
     assert repr(optax_sam.SAMGradients(1.0, 2.0)).endswith(
         "1 leaf with 1 entries each, by an unknown variant)"
     )
+
+
+def test_a_scaled_loss_in_half_precision_keeps_the_modelled_gradient() -> None:
+    """That of Hessian SAM is computed, not differentiated: small entries must not become zero in float16."""
+    variant, params = optax_sam.hessian_sam(0.1), jnp.ones(2, jnp.float16)
+    value_and_grad = optax_sam.sam_value_and_grad(
+        lambda w: 1e-8 * jnp.sum(w.astype(jnp.float32) ** 2), variant
+    )
+    _, grads = value_and_grad(params, state=variant.init(params), loss_scale=2.0**15)
+    assert jnp.all(grads.perturbed > 1e-8)
+
+
+def test_a_grad_fn_in_another_precision_behind_a_conditional() -> None:
+    variant = optax_sam.looksam(0.1, k=2)
+    params, batch = table.params(jnp.bfloat16), table.batch(8, jnp.bfloat16)
+    plain = jax.tree.map(lambda g: g.astype(jnp.float32), jax.grad(table.loss)(params, batch))
+
+    @jax.jit
+    def step(state: Any) -> Any:
+        return variant.update(plain, state, params, grad_fn=lambda w: jax.grad(table.loss)(w, batch))
+
+    direction, state = step(variant.init(params))
+    step(state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(direction, params)

@@ -148,6 +148,50 @@ def test_models(library):
         np.testing.assert_allclose(found, own, rtol=1e-4, atol=1e-6)
 
 
+def test_random_numbers_are_those_of_one_pass():
+    """An `nnx.Rngs` draws the same mask in all passes, and moves once."""
+    seen = []
+
+    def losses(model, x, rngs):
+        seen.append(jax.random.key_data(rngs.dropout()).tolist())
+        return jnp.sum(model(x) ** 2, axis=1)
+
+    loss, sam, x = SharpestExamples(losses, 0.5), optax_sam.sam(0.1), jnp.asarray(oracles.batches()[0])
+    model, rngs = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), nnx.Rngs(0)
+    value_and_grad = optax_sam.nnx.sam_value_and_grad(loss, sam, ascent_loss=loss.mean)
+    value_and_grad(model, x, rngs, clean_params=nnx.clone(model), state=sam.init(nnx.state(model)))
+    assert len(seen) == 4
+    assert all(key == seen[0] for key in seen)
+    assert rngs.dropout.count[...] == 1
+
+
+class Counting(eqx.Module):
+    linear: eqx.nn.Linear
+    index: eqx.nn.StateIndex
+
+    def __init__(self):
+        self.linear = eqx.nn.Linear(3, 1, key=jax.random.key(0))
+        self.index = eqx.nn.StateIndex(jnp.array(0))
+
+    def __call__(self, x, state):
+        return jax.vmap(self.linear)(x)[:, 0], state.set(self.index, state.get(self.index) + 1)
+
+
+def test_a_state_of_equinox():
+    """Which may be used once: each pass has its own."""
+    model, before = eqx.nn.make_with_state(Counting)()
+
+    def losses(model, before, x):
+        outputs, after = model(x, before)
+        return outputs**2, after
+
+    loss, sam = SharpestExamples(losses, 0.5, batch_argnums=2, has_aux=True), optax_sam.sam(0.1)
+    door = optax_sam.equinox.sam_value_and_grad(loss, sam, has_aux=True, ascent_loss=loss.mean)
+    x, state = jnp.asarray(oracles.batches()[0]), sam.init(eqx.filter(model, eqx.is_inexact_array))
+    (_, after), _ = door(model, before, x, clean_params=model, state=state)
+    assert after.get(model.index) == 1
+
+
 @pytest.mark.full
 def test_aux_and_keywords():
     """Aux of the clean pass, of all examples; keywords reach the losses."""

@@ -334,3 +334,38 @@ def test_what_is_no_variant_and_no_gate() -> None:
 def test_bad_arguments(make: Any, kind: Any, message: str) -> None:
     with pytest.raises(kind, match=message):
         make()
+
+
+def test_the_decision_travels_with_the_pair() -> None:
+    """Scaled and clipped pairs keep it; a pair without it is refused."""
+    variant, params, batch = optax_sam.ae_sam(0.1), table.params(), table.batch()
+    state = variant.init(params)
+    _, grads = optax_sam.sam_value_and_grad(table.loss, variant)(params, batch, state=state)
+    scaled = optax.tree.scale(0.25, grads)
+    direction, after = variant.update(scaled, state, params)
+    assert after.memory.open_steps == 1
+    for x, y in zip(jax.tree.leaves(direction), jax.tree.leaves(scaled.perturbed), strict=True):
+        np.testing.assert_array_equal(x, y)
+    with pytest.raises(TypeError, match=r"statistics=grads\.statistics"):
+        variant.update(grads.perturbed, state, params, clean_updates=grads.clean)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_branches_of_several_dtypes(dtype: Any) -> None:
+    """The cheaper pass returns its aux and its value in other dtypes than the whole one."""
+
+    def loss(params: Any, x: Any) -> Any:
+        value = table.loss(params, x)
+        return value, value.astype(jnp.bfloat16)
+
+    variant, params = optax_sam.gated(SAM, gates.every(2)), table.params(dtype)
+    value_and_grad = optax_sam.sam_value_and_grad(
+        loss, variant, has_aux=True, ascent_dtype=jnp.bfloat16, batch_argnums=1
+    )
+    state = variant.init(params)
+    for is_open in (True, False):
+        (value, _), grads = jax.jit(value_and_grad)(params, table.batch(), state=state)
+        moved = any(bool(jnp.any(x != y)) for x, y in zip(*map(jax.tree.leaves, grads[:2]), strict=True))
+        assert moved == is_open
+        np.testing.assert_allclose(value, table.loss(params, table.batch()), rtol=0.02)
+        _, state = variant.update(grads, state, params)

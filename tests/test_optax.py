@@ -377,3 +377,40 @@ def test_average_of_params(frequency: int | None) -> None:
         if frequency is not None and i % frequency == 0:
             expected = by_numpy
         close((params, average), (expected, by_numpy))
+
+
+@optax_sam.constructor
+def half_sam(rho: Any = 0.05) -> Any:
+    return optax_sam.sharpness_aware(rho / 2)
+
+
+@optax_sam.constructor
+def gated_half_sam(rho: Any = 0.05) -> Any:
+    return optax_sam.gated(half_sam(rho), optax_sam.gates.every(1))
+
+
+@pytest.mark.parametrize("make", [half_sam, gated_half_sam])
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_constructor_that_makes_its_radius_of_the_argument(make: Any, jit: bool) -> None:
+    params = table.params()
+    state = optax.inject_hyperparams(make)(rho=0.2).init(params)
+    value_and_grad = optax_sam.sam_value_and_grad(table.loss, make(), return_metrics=True)
+    *_, metrics = (jax.jit(value_and_grad) if jit else value_and_grad)(params, table.batch(), state=state)
+    np.testing.assert_allclose(metrics.perturbation_norm, 0.1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda schedule: optax.inject_hyperparams(optax_sam.unified_sam)(0.1, mix=schedule), "mix"),
+        (lambda schedule: optax.inject_hyperparams(optax_sam.sampa)(learning_rate=schedule), "learning_rate"),
+    ],
+)
+def test_schedules_of_other_arguments_would_lag_a_step(make: Any, name: str) -> None:
+    params, variant = (
+        table.params(),
+        optax_sam.sampa(0.1) if name == "learning_rate" else optax_sam.unified_sam(),
+    )
+    state = make(optax.linear_schedule(0.1, 0.9, 10)).init(params)
+    with pytest.raises(ValueError, match=f"`{name}` is a schedule of `optax.inject_hyperparams`"):
+        optax_sam.sam_value_and_grad(table.loss, variant)(params, table.batch(), state=state)

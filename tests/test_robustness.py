@@ -355,3 +355,31 @@ def test_a_negative_radius_is_one_of_descent() -> None:
 def test_a_very_large_order_is_that_of_a_box() -> None:
     gradient = jnp.array([3.0, -4.0, 0.0])
     np.testing.assert_allclose(ascent.normalized(1e17)(gradient, 0.1, gradient), [0.1, -0.1, 0.0])
+
+
+@pytest.mark.parametrize("variant", [optax_sam.ssam_f(0.1), optax_sam.ssam_d(0.1)], ids=["ssam_f", "ssam_d"])
+def test_a_bad_first_batch_delays_the_mask_by_one_step(variant: Any) -> None:
+    params = table.params()
+    state = variant.init(params)
+    for seed in range(3):
+        batch = table.batch(seed=seed)
+        batch = batch.at[0, 0].set(jnp.nan) if seed == 0 else batch
+        _, grads = optax_sam.sam_value_and_grad(table.loss, variant)(params, batch, state=state)
+        _, state = variant.update(grads, state, params)
+        perturbed = sum(int(jnp.sum(m)) for m in jax.tree.leaves(state.memory.mask))
+        total = sum(w.size for w in jax.tree.leaves(params))
+        assert perturbed == (0 if seed == 0 else total - round(total / 2))
+
+
+def test_a_bad_batch_leaves_the_mask_alone() -> None:
+    for variant in (optax_sam.ssam_f(0.1, every=1), optax_sam.ssam_d(0.1, every=1)):
+        params = table.params()
+        state, masks = variant.init(params), []
+        for seed in range(2):
+            batch = table.batch(seed=seed)
+            batch = batch.at[0, 0].set(jnp.nan) if seed == 1 else batch
+            _, grads = optax_sam.sam_value_and_grad(table.loss, variant)(params, batch, state=state)
+            _, state = variant.update(grads, state, params)
+            masks.append(state.memory.mask)
+        for x, y in zip(*map(jax.tree.leaves, masks), strict=True):
+            np.testing.assert_array_equal(x, y)

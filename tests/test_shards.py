@@ -254,6 +254,30 @@ def test_noise_differs_between_shards_and_is_reproducible():
     assert point() == points[0]
 
 
+@pytest.mark.parametrize("jit", [False, True])
+def test_the_mean_over_shards_is_not_one_over_an_outer_vmap(jit):
+    """Of a number that is the same for all shards, too."""
+
+    def evaluate(loss, state):
+        clean = loss.ascent()
+        size = loss.mean(state.rho)
+        return loss.pair(clean, loss.at(jax.tree.map(lambda g: size * g, clean.gradient)))
+
+    variant = optax_sam.sharpness_aware(0.1, evaluate=evaluate)
+    params, batch = table.params(), table.batch(4)
+    state = variant.init(params)
+    value_and_grad = optax_sam.sam_value_and_grad(table.loss, variant, num_shards=2, batch_argnums=1)
+
+    def run(rho):
+        return value_and_grad(params, batch, state=state._replace(rho=rho))[1].perturbed
+
+    radii = jnp.array([0.01, 0.03])
+    together = (jax.jit if jit else lambda f: f)(jax.vmap(run))(radii)
+    for i, rho in enumerate(radii):
+        for x, y in zip(jax.tree.leaves(together), jax.tree.leaves(run(rho)), strict=True):
+            np.testing.assert_allclose(x[i], y, rtol=1e-4, atol=1e-6)
+
+
 def test_a_skipped_evaluation_is_skipped_in_every_shard():
     """`lax.cond` survives the `vmap` over shards, for the step is the same for all of them."""
     row = table.first(skips=True)

@@ -798,3 +798,12 @@ def test_the_mask_of_ssam_d_keeps_its_size():
         stay = [int(np.sum(a & b)) for a, b in itertools.pairwise(masks)]
         dropped = [min(int(d * live), 40 - live) for d in (0.3, 1.0, 0.3)]
         assert stay == [live - d for d in dropped]
+
+
+def test_eigen_sam_is_handed_its_vector(store):
+    variant, params = optax_sam.eigen_sam(0.1), store(W0)
+    state = variant.init(params)
+    _, grads = optax_sam.sam_value_and_grad(loss, variant)(params, L1, state=state)
+    with pytest.raises(TypeError, match=r"needs the eigenvector.*statistics=grads\.statistics"):
+        variant.update(grads.perturbed, state, params, clean_updates=grads.clean)
+    assert np.any(flat(variant.update(grads, state, params)[1].memory.vector))

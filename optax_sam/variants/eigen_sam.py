@@ -81,7 +81,7 @@ def eigen_sam(
     seed = _checks.key("key", 0 if key is None else key)
 
     def is_due(state: SAMState) -> jax.Array:
-        return state.step % every == 0
+        return (state.step % every == 0) | _is_zero(state.memory.vector)
 
     def estimate(loss: Loss, state: SAMState) -> optax.Updates:
         """Power iterations, from the last estimate, or from noise where there is none."""
@@ -91,8 +91,7 @@ def eigen_sam(
             return _tree.upcast(loss.ascent(perturbation).gradient)
 
         noise = optax.tree.random_like(seed, zeros, jax.random.normal)
-        is_unknown = _tree.squared_norm(state.memory.vector) == 0.0
-        vector = _tree.select(is_unknown, noise, state.memory.vector)
+        vector = _tree.select(_is_zero(state.memory.vector), noise, state.memory.vector)
         for _ in range(iterations):
             _, product = jax.jvp(gradient_at, (zeros,), (vector,))
             # The norm of leaves of several dtypes is in the best of them.
@@ -119,10 +118,15 @@ def eigen_sam(
 
     def descent(gradients: SAMGradients, state: SAMState, params: optax.Params) -> tuple[optax.Updates, Any]:
         del params
-        vector = state.memory.vector
-        if gradients.statistics is not None:
-            # The mean of several estimates is shorter than one.
-            vector = _tree.select(is_due(state), _tree.unit(gradients.statistics), vector)
+        if gradients.statistics is None:
+            msg = (
+                "`eigen_sam` needs the eigenvector of the evaluation: pass `update` the pair as it is, or "
+                "write `update(grads.perturbed, state, params, clean_updates=grads.clean, "
+                "statistics=grads.statistics)`."
+            )
+            raise TypeError(msg)
+        # The mean of several estimates is shorter than one.
+        vector = _tree.select(is_due(state), _tree.unit(gradients.statistics), state.memory.vector)
         return gradients.perturbed, EigenSAMMemory(vector)
 
     def init_memory(params: optax.Params) -> EigenSAMMemory:
@@ -131,3 +135,8 @@ def eigen_sam(
     return sharpness_aware(
         rho, None, descent, init_memory, evaluate=evaluate, ascent_only=True, has_plain_step=False
     )
+
+
+def _is_zero(vector: optax.Updates) -> jax.Array:
+    """Whether no vector is known."""
+    return _tree.squared_norm(vector) == 0.0

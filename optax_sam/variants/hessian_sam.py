@@ -76,7 +76,7 @@ def hessian_sam(
         direction = jax.tree.map(lambda g, p: jnp.where(usable, g + state.rho * p, g), gradient, product)
         # The loss is known at no second point.
         value = _tree.unknown(clean.value) if loss.measures else clean.value
-        modelled = clean._replace(value=value, gradient=_tree.cast_like(direction, loss.params))
+        modelled = clean._replace(value=value, gradient=_tree.cast_like(direction, clean.gradient))
         return loss.pair(clean, modelled)
 
     return sharpness_aware(rho, evaluate=evaluate)

@@ -125,9 +125,9 @@ def ssam_f(
             smallest = _tree.smallest(squares, _tree.count_of(squares, sparsity))
             return SSAMFMemory(jax.tree.map(jnp.logical_not, smallest), _tree.zeros_like(squares))
 
-        memory = _tree.cond_or_if(
-            state.step % every == 0, refreshed, lambda: SSAMFMemory(before.mask, squares)
-        )
+        is_due = (state.step % every == 0) | _is_empty(before.mask)
+        is_known = _tree.squared_norm(squares) > 0.0  # Not after bad batches alone.
+        memory = _tree.cond_or_if(is_due & is_known, refreshed, lambda: SSAMFMemory(before.mask, squares))
         return gradients.perturbed, memory
 
     def init_memory(params: optax.Params) -> SSAMFMemory:
@@ -212,8 +212,11 @@ def ssam_d(
 
     def descent(gradients: SAMGradients, state: SAMState, params: optax.Params) -> tuple[optax.Updates, Any]:
         del params
+        is_due = (state.step % every == 0) | _is_empty(state.memory.mask)
         memory = _tree.cond_or_if(
-            state.step % every == 0, lambda: refresh(gradients.clean, state), lambda: state.memory
+            is_due & _tree.all_finite(gradients.clean),
+            lambda: refresh(gradients.clean, state),
+            lambda: state.memory,
         )
         return gradients.perturbed, memory
 
@@ -221,3 +224,8 @@ def ssam_d(
         return SSAMDMemory(_no_mask(params))
 
     return sharpness_aware(rho, None, descent, init_memory, climb=_climb(ascent), ascent_only=True)
+
+
+def _is_empty(mask: Any) -> jax.Array:
+    """Whether nothing is perturbed: no mask was drawn yet."""
+    return ~jnp.any(jnp.stack([jnp.any(m) for m in jax.tree.leaves(mask)] or [jnp.zeros((), bool)]))
