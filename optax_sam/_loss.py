@@ -114,8 +114,8 @@ class SAMGradients(_Pair, metaclass=_NamesTheDoors):
       clean: The gradient at params. A pytree with the structure and shapes of params.
       perturbed: The gradient at the perturbed point, on the same batch. In a step without a second
         gradient, the clean gradient again.
-      statistics: What else a variant measured while evaluating, averaged over shards and devices
-        (Bayesian SAM), or None.
+      statistics: What else a variant measured while evaluating (Bayesian SAM), averaged over shards and
+        devices, or None. A map over the pair acts on it too: scale and clip the direction instead.
       made_by: Which variant evaluated them, so that `update` can refuse those of another.
     """
 
