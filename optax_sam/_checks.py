@@ -291,11 +291,12 @@ def floating(name: str, value: Any) -> None:
         raise TypeError(msg)
 
 
-def given_params(name: str, params: Any) -> None:
-    """Raises if the params were left out of the call of `update`."""
+def given_params(name: str, params: Any | None) -> Any:
+    """The params; raises if they were left out of the call of `update`."""
     if params is None:
         msg = f"`{name}` needs the params: write `update(grads, state, params)`."
         raise ValueError(msg)
+    return params
 
 
 def takes(name: str, function: Any, count: int) -> None:

@@ -134,7 +134,7 @@ def bsam(
     def descent(
         gradients: SAMGradients, state: SAMState, params: optax.Params | None
     ) -> tuple[optax.Updates, Any]:
-        _checks.given_params("bsam", params)
+        params = _checks.given_params("bsam", params)
         momentum, precision = state.memory
         statistics = gradients.statistics
         if statistics is None:  # Through the door without statistics: those of the one gradient.

@@ -104,7 +104,7 @@ def lookbehind(
     def descent(
         gradients: SAMGradients, state: SAMState, params: optax.Params | None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
-        _checks.given_params("lookbehind", params)
+        params = _checks.given_params("lookbehind", params)
         if k > 1 and gradients.statistics is None:
             raise TypeError(_NEEDS_GRADIENTS)
         memory: Any = state.memory

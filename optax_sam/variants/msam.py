@@ -244,7 +244,7 @@ def shifted_msam(
     def update(
         updates: Any, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, ShiftedMSAMState]:
-        _checks.given_params("shifted_msam", params)
+        params = _checks.given_params("shifted_msam", params)
         if is_pair(updates, params):
             msg = (
                 "`shifted_msam` takes one gradient, at the params as they are: that of `jax.value_and_grad`. "

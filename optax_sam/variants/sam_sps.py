@@ -89,7 +89,7 @@ def sam_sps(
     def descent(
         gradients: SAMGradients, state: SAMState, params: optax.Params | None
     ) -> tuple[optax.Updates, Any]:
-        _checks.given_params("sam_sps", params)
+        params = _checks.given_params("sam_sps", params)
         if gradients.statistics is None:
             raise TypeError(_NEEDS_VALUES)
         model = _tree.first_leaf(gradients.statistics, jnp.zeros(()))
