@@ -4,11 +4,13 @@ import inspect
 import operator
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
 from jax.core import Tracer
+
+T = TypeVar("T")
 
 
 def number(
@@ -291,7 +293,7 @@ def floating(name: str, value: Any) -> None:
         raise TypeError(msg)
 
 
-def given_params(name: str, params: Any | None) -> Any:
+def given_params(name: str, params: T | None) -> T:
     """The params; raises if they were left out of the call of `update`."""
     if params is None:
         msg = f"`{name}` needs the params: write `update(grads, state, params)`."
