@@ -101,7 +101,9 @@ def test_norms(tree: Any, seed: int) -> None:
     np.testing.assert_allclose(float(_tree.cosine(a, b)), float(cosine), atol=3e-6)
     rest = _tree.reject(a, b)
     chex.assert_tree_all_finite(rest)
-    assert abs(float(_tree.cosine(rest, b))) < 1e-3 or exact_norm(exact(rest)) < 1e-4 * norm
+    share = product / exact_norm(exact(b)) ** 2 if size else 0.0
+    errors = [x - (y - share * z) for x, y, z in zip(*map(exact, (rest, a, b)), strict=True)]
+    assert exact_norm(errors) <= 3e-6 * max(norm, exact_norm(exact(b)))  # To that of the larger tree.
 
 
 RULES = {
