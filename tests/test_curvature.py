@@ -137,6 +137,18 @@ class TestTopEigenpairs:
         with pytest.raises(ValueError, match=r"`k` must be at most 3 here, got 5: .* different eigenvalues"):
             sharpness.top_eigenpairs(loss, jnp.zeros(100), jnp.ones(3), k=5, num_matvecs=40)
 
+    @pytest.mark.parametrize("outlier", [1e5, 1e6])
+    def test_an_outlier_does_not_end_the_search(self, outlier: float) -> None:
+        # All residuals after the first are below the rounding errors of the outlier. The space is healthy.
+        loss = diagonal_loss(np.r_[outlier, np.linspace(1.0, 5.0, 99)])
+        top = sharpness.top_eigenpairs(loss, jnp.zeros(100), jnp.ones(3), k=2, num_matvecs=40)
+        np.testing.assert_allclose(top.values, [outlier, 5.0], rtol=1e-3)
+        assert top.residuals[0] < 1e-6 * outlier
+        assert top.residuals[1] < 0.1
+        np.testing.assert_allclose(top.smallest, 1.0, rtol=0.02)
+        density = sharpness.spectral_density(loss, jnp.zeros(100), jnp.ones(3), num_probes=1, num_matvecs=40)
+        assert len(np.unique(density.nodes)) == 40
+
     def test_flat_everywhere(self) -> None:
         top = sharpness.top_eigenpairs(
             diagonal_loss(np.zeros(50)), jnp.ones(50), jnp.ones(3), k=1, num_matvecs=10
