@@ -111,6 +111,15 @@ class TestSlices:
         assert result.losses[0] == 1.0
         assert np.isinf(result.losses[1])
 
+    @pytest.mark.parametrize("batches", [[100.0, 1.0], [1.0, 100.0], [100.0, 100.0]])
+    def test_batches_that_overflow_give_what_their_union_gives(self, batches: list[float]) -> None:
+        def loss(w: jax.Array, batch: jax.Array) -> jax.Array:
+            return jnp.mean(jnp.exp(w * batch))
+
+        for data in ([jnp.array([x]) for x in batches], jnp.array(batches)):
+            result = landscape.line(loss, jnp.array(0.0), data, jnp.array(1.0), positions=[0.0, 1.0])
+            np.testing.assert_array_equal(result.losses, [1.0, np.inf])
+
     def test_progress(self, capsys: pytest.CaptureFixture[str]) -> None:
         landscape.line(bowl, jnp.zeros(2), [ONES, ONES], jnp.ones(2), positions=X, progress=True)
         assert "2/2" in capsys.readouterr().err

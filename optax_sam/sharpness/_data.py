@@ -171,7 +171,8 @@ def finite(what: str, tree: Any) -> None:
 
 @jax.jit
 def _toward(mean: Any, value: Any, share: jax.Array) -> Any:
-    return jax.tree.map(lambda m, v: m + (v - m) * share.astype(m.dtype), mean, value)
+    # Not `m + (v - m) * share`, which is NaN for two infinities.
+    return jax.tree.map(lambda m, v: m * (1 - share).astype(m.dtype) + v * share.astype(m.dtype), mean, value)
 
 
 def mean(
