@@ -206,10 +206,15 @@ class TestPictures:
             )
 
     @pytest.mark.parametrize("log", [True, False])
-    @pytest.mark.parametrize("level", tiers.later([0.0, 2.0, -3.0], [0.0]))
+    @pytest.mark.parametrize("level", tiers.later([0.0, 2.0, -3.0, 1e-8], [0.0, 2.0]))
     def test_contours_of_a_plane_that_is_flat(self, level: float, log: bool, tmp_path: Any) -> None:
-        axes = landscape.plot_contour(BOWL._replace(losses=np.full_like(BOWL.losses, level)), log=log)
+        losses = np.full(BOWL.losses.shape, level, np.float32)  # As `plane` returns them.
+        axes = landscape.plot_contour(BOWL._replace(losses=losses), log=log)
         axes.figure.savefig(tmp_path / "plane.png")
+
+    def test_contours_need_a_finite_loss(self) -> None:
+        with pytest.raises(ValueError, match=r"`result` must hold a finite loss to draw"):
+            landscape.plot_contour(BOWL._replace(losses=np.full_like(BOWL.losses, np.inf)))
 
     def test_how_many_contours(self) -> None:
         landscape.plot_contour(BOWL, levels=np.int64(5))
