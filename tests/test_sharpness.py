@@ -570,6 +570,10 @@ class TestBadInput:
             sharpness.fisher_rao_norm(None, NET, DATA)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=r"`logits_fn` must return logits of shape.*got \(24,\)"):
             sharpness.fisher_rao_norm(lambda p, b: logits_fn(p, b)[:, 0], NET, DATA)
+        with pytest.raises(
+            ValueError, match=r"got \(24, 1\)\. For a binary classifier .* append a zero logit"
+        ):
+            sharpness.fisher_rao_norm(lambda p, b: logits_fn(p, b)[:, :1], NET, DATA)
         with pytest.raises(TypeError, match="params must be floating-point, got dtype int32"):
             sharpness.gradient_norm(loss_fn, {"w": jnp.arange(3)}, DATA)
         with pytest.raises(ValueError, match="params must hold at least one array"):

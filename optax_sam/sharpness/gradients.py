@@ -280,6 +280,12 @@ def _score_squares(
     if jnp.ndim(logits) < 2:
         msg = f"`logits_fn` must return logits of shape (examples, ..., classes), got {jnp.shape(logits)}."
         raise ValueError(msg)
+    if logits.shape[-1] < 2:
+        msg = (
+            f"`logits_fn` must return a logit for each of two classes or more, got {logits.shape}. For a binary "
+            "classifier with one logit append a zero logit, `jnp.concatenate([z, 0 * z], -1)`."
+        )
+        raise ValueError(msg)
     logits, slopes = _tree.upcast((logits, slopes))
     # `slopes` is the derivative of the logits along the params. The derivative of the cross-entropy of a
     # label is then `expected - slopes[label]`. The positions of one example (its axes between the first and
