@@ -282,8 +282,8 @@ def _score_squares(
         raise ValueError(msg)
     if logits.shape[-1] < 2:
         msg = (
-            f"`logits_fn` must return a logit for each of two classes or more, got {logits.shape}. For a binary "
-            "classifier with one logit append a zero logit, `jnp.concatenate([z, 0 * z], -1)`."
+            f"`logits_fn` must return a logit for each of two classes or more, got {logits.shape}. For a "
+            "binary classifier with one logit append a zero logit, `jnp.concatenate([z, 0 * z], -1)`."
         )
         raise ValueError(msg)
     logits, slopes = _tree.upcast((logits, slopes))
