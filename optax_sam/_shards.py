@@ -39,10 +39,14 @@ def _explicit_mesh(batch: Sequence[Any], num_shards: int, together: int) -> Any:
         names = axes if isinstance(axes, tuple) else (axes,)
         devices = int(np.prod([sharding.mesh.shape[name] for name in names]))
         if together % devices:
+            advice = (
+                f"make `num_shards` a multiple of {devices}"
+                if num_shards % devices
+                else f"write `shard_mode='vmap'`, or a divisor of {num_shards // devices} as number of rounds"
+            )
             msg = (
                 f"The batch is spread over {devices} devices, and {together} of its {num_shards} shards run "
-                f"at once: make that a multiple of {devices}. Write `shard_mode='vmap'`, or an integer up to "
-                f"`num_shards / {devices}` rounds."
+                f"at once, which is no multiple of {devices}: {advice}."
             )
             raise ValueError(msg)
         return None if jax.sharding.get_abstract_mesh().shape_tuple else sharding.mesh
