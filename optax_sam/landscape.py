@@ -173,7 +173,7 @@ def _evaluate(
 ) -> np.ndarray[Any, Any]:
     """The losses at points given by their coordinates along the directions. shape=(number of points,)."""
     _checks.number("chunk_size", chunk_size, low=1, integer=True)
-    params, batches = _data.prepare(loss_fn, params, batches)
+    params, batches = _data.prepare(loss_fn, params, batches, once=True)
     for i, direction in enumerate(directions):
         _checks.same_shapes(f"direction {i}", direction, params)
     directions = [_tree.cast_like(jax.tree.map(jnp.asarray, d), params) for d in directions]

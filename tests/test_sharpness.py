@@ -378,6 +378,25 @@ def test_streaming_equals_the_full_batch(measure: Any) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    "measure", [sharpness.gradient_norm, _average, _m_sharpness, _flatness, _hessian_product]
+)
+def test_one_pass_over_a_generator_holds_one_batch(measure: Any) -> None:
+    evaluated: list[int] = []
+
+    def loss(params: Any, batch: Any) -> Any:
+        jax.debug.callback(lambda: evaluated.append(1))
+        return small_loss_fn(params, batch)
+
+    def batches() -> Any:
+        for i, batch in enumerate(SPLIT):
+            jax.effects_barrier()
+            assert len(evaluated) >= i
+            yield batch
+
+    measure(loss, SMALL, batches())
+
+
 def test_streaming_the_fisher_rao_norm() -> None:
     whole = sharpness.fisher_rao_norm(logits_fn, NET, DATA)
     np.testing.assert_allclose(sharpness.fisher_rao_norm(logits_fn, NET, SPLIT), whole, rtol=1e-5)

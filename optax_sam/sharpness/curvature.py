@@ -185,7 +185,7 @@ def hessian_vector_product(
     References:
       Pearlmutter, Fast Exact Multiplication by the Hessian, Neural Computation 1994.
     """
-    params, batches = _data.prepare(loss_fn, params, batches)
+    params, batches = _data.prepare(loss_fn, params, batches, once=True)
     _checks.same_shapes("`vector`", vector, params)
     vector = _tree.cast_like(jax.tree.map(jnp.asarray, vector), params)
     product = _data.mean(
@@ -703,7 +703,7 @@ def relative_flatness(
       Petzka et al., `Relative Flatness and Generalization <https://arxiv.org/abs/2001.00939>`_, NeurIPS
       2021.
     """
-    params, batches = _data.prepare(loss_fn, params, batches)
+    params, batches = _data.prepare(loss_fn, params, batches, once=True)
     _checks.number("num_samples", num_samples, low=2, integer=True)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     kernels = {
