@@ -200,7 +200,7 @@ def _check_keywords(
 ) -> None:
     """The check of the core, which sees the loss as a function of trees."""
     call = Call(args, kwargs, (), True, (), False, loss_scale)
-    opt_state = cast("Any", state).opt_state if isinstance(state, nnx.Optimizer) else state
+    opt_state = state.opt_state if isinstance(state, nnx.Optimizer) else state
     _value_and_grad.check_keywords(fun, call, opt_state)
 
 
