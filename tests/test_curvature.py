@@ -331,12 +331,16 @@ def test_a_space_that_closes_in_float64_ends_the_search(seed: int) -> None:
             pairs = sharpness.top_eigenpairs(
                 loss, jnp.zeros(150), jnp.ones(3), k=top, num_matvecs=60, key=seed
             )
-            expected = sorted(set(spectrum), reverse=True)[:top]
-            np.testing.assert_allclose(pairs.values, expected, rtol=1e-6, atol=1e-9 * max(spectrum))
+            slack = 1e-9 * max(spectrum)
+            # Where rounding errors go on with an orthonormal basis, more copies of an eigenvalue are found.
+            nearest = spectrum[np.argmin(np.abs(spectrum[:, None] - pairs.values), axis=0)]
+            np.testing.assert_allclose(pairs.values, nearest, rtol=1e-6, atol=slack)
+            assert np.all(pairs.residuals < 1e-6 * max(spectrum))
+            once, all_copies = (np.sort(x)[::-1][:top] for x in (np.unique(spectrum), spectrum))
+            assert np.all((once <= nearest) & (nearest <= all_copies))
             density = sharpness.spectral_density(
                 loss, jnp.zeros(150), jnp.ones(3), num_probes=2, num_matvecs=60, key=seed
             )
-            slack = 1e-9 * max(spectrum)
             assert (
                 min(spectrum) - slack <= density.nodes.min() <= density.nodes.max() <= max(spectrum) + slack
             )

@@ -296,9 +296,10 @@ def _closed(matrix: np.ndarray[Any, Any], overlaps: np.ndarray[Any, Any]) -> np.
     """The leading block of the matrix up to where the Krylov space closes, made symmetric.
 
     The space closes early if the start vector lies in the span of a few eigenvectors, as with a Hessian of
-    low rank. A residual (an entry below the diagonal) is then zero up to rounding. All later entries are
-    rounding errors or NaN. A small residual alone does not say so: where one eigenvalue is far above all
-    others, all residuals are small. The space is cut only where the basis is no longer orthonormal.
+    low rank. A residual (an entry below the diagonal) is then zero up to rounding, and the next basis vector
+    is a rounding error or NaN. A small residual alone does not say so: where one eigenvalue is far above all
+    others, all residuals are small. The space is cut only where the basis is no longer orthonormal. If it
+    stays so beyond a small residual, later entries are right: they find more copies of an eigenvalue.
     """
     bad_rows = np.flatnonzero(~(overlaps < 1e-3))  # NaN is bad.
     size = len(matrix)
