@@ -18,11 +18,14 @@ def _zeros(like: Any) -> jax.Array:
     """What a sum begins with: many terms in half precision would lose the last of them."""
     if jnp.issubdtype(like.dtype, jnp.inexact):
         return jnp.zeros_like(like, jnp.promote_types(like.dtype, jnp.float32))
-    return jnp.zeros_like(like)
+    return jnp.zeros_like(like, _sum_dtype(like))
 
 
 def _sum_dtype(like: Any) -> Any:
-    """That of a sum over shards: of float16, whose range it might leave, float32."""
+    """That of a sum over shards, which might leave the range of float16 and of integers of 8 or 16 bits."""
+    if jnp.issubdtype(like.dtype, jnp.integer):
+        is_signed = jnp.issubdtype(like.dtype, jnp.signedinteger)
+        return jnp.promote_types(like.dtype, jnp.int32 if is_signed else jnp.uint32)
     return jnp.float32 if like.dtype == jnp.float16 else like.dtype
 
 
@@ -39,10 +42,14 @@ def _explicit_mesh(batch: Sequence[Any], num_shards: int, together: int) -> Any:
         names = axes if isinstance(axes, tuple) else (axes,)
         devices = int(np.prod([sharding.mesh.shape[name] for name in names]))
         if together % devices:
+            advice = (
+                f"make `num_shards` a multiple of {devices}"
+                if num_shards % devices
+                else f"write `shard_mode='vmap'`, or a divisor of {num_shards // devices} as number of rounds"
+            )
             msg = (
                 f"The batch is spread over {devices} devices, and {together} of its {num_shards} shards run "
-                f"at once: make that a multiple of {devices}. Write `shard_mode='vmap'`, or an integer up to "
-                f"`num_shards / {devices}` rounds."
+                f"at once, which is no multiple of {devices}: {advice}."
             )
             raise ValueError(msg)
         return None if jax.sharding.get_abstract_mesh().shape_tuple else sharding.mesh
@@ -66,7 +73,7 @@ def evaluate_shards(
       rounds: In how many rounds they run, `num_shards / rounds` at once.
 
     Returns:
-      The evaluation of the whole batch. Of aux, floats are averaged and integers summed.
+      The evaluation of the whole batch. Of aux, floats are averaged and integers summed, in at least 32 bits.
 
     Raises:
       ValueError: If the batch cannot be split so.

@@ -395,10 +395,10 @@ def _check_call(fun: Callable[..., Any], call: Call, state: Any, argnums: Any, b
         )
         raise TypeError(msg)
     _checks.params(call.params)
-    _check_keywords(fun, call, state)
+    check_keywords(fun, call, state)
 
 
-def _check_keywords(fun: Callable[..., Any], call: Call, state: Any) -> None:
+def check_keywords(fun: Callable[..., Any], call: Call, state: Any) -> None:
     """Raises if an argument of the loss has the name of a keyword here, and so would not get its value."""
     try:
         signature = inspect.signature(fun)

@@ -190,17 +190,35 @@ def _on_params(eqx: Any, fun: Any, static: Any, starts: Any) -> Any:
         value, aux = _checks.value_and_aux(output)
         return value, (_relative(eqx, aux, starts), jnp.ones((), jnp.int32))
 
-    return loss
+    # The core asks a partial which arguments it has bound.
+    return functools.partial(loss, **fun.keywords) if isinstance(fun, functools.partial) else loss
 
 
 # Over the parts of a batch floats in aux are averaged and integers are summed. Neither is right for the
 # counters of an `equinox.nn.State`, such as that of BatchNorm: they travel as differences from the start.
 
 
+def _keys_and_shapes(state: Any) -> Any:
+    """What tells states apart. Two models of one class have states of the same keys."""
+    return jax.tree.structure(state), tuple(jnp.shape(x) for x in jax.tree.leaves(state))
+
+
 def _states(eqx: Any, tree: Any) -> dict[Any, Any]:
-    """The states in a tree, by their structure: that of a state is the set of its keys."""
-    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, eqx.nn.State))
-    return {jax.tree.structure(x): x for x in leaves if isinstance(x, eqx.nn.State)}
+    """The states in a tree, by their keys and shapes."""
+    starts: dict[Any, Any] = {}
+    for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, eqx.nn.State)):
+        if not isinstance(x, eqx.nn.State):
+            continue
+        # With the same dtypes any one serves all: the differences from it are added to it again.
+        start = starts.setdefault(_keys_and_shapes(x), x)
+        dtypes = [[leaf.dtype for leaf in jax.tree.leaves(state)] for state in (x, start)]
+        if dtypes[0] != dtypes[1]:
+            msg = (
+                "With `num_shards` or `microbatch_size` two `equinox.nn.State`s of the same keys and shapes "
+                f"must have the same dtypes, got {dtypes[1]} and {dtypes[0]}."
+            )
+            raise TypeError(msg)
+    return starts
 
 
 def _map_states(eqx: Any, function: Callable[..., Any], tree: Any, starts: dict[Any, Any]) -> Any:
@@ -209,7 +227,7 @@ def _map_states(eqx: Any, function: Callable[..., Any], tree: Any, starts: dict[
     def at_state(x: Any) -> Any:
         if not isinstance(x, eqx.nn.State):
             return x
-        start = starts.get(jax.tree.structure(x))
+        start = starts.get(_keys_and_shapes(x))
         if start is None:
             return jax.tree.map(lambda leaf: function(leaf, None), x)
         return jax.tree.map(function, x, start)
@@ -229,9 +247,10 @@ def _relative(eqx: Any, aux: Any, starts: dict[Any, Any]) -> Any:
             return x
         if start is None or not _is_counter(x):
             msg = (
-                "With `num_shards` or `microbatch_size` an `equinox.nn.State` in aux must have the keys of "
-                "one that the loss got. Its floating-point arrays are averaged over the parts, its signed "
-                f"integers and booleans move as in one pass, and others are refused: got dtype {x.dtype}."
+                "With `num_shards` or `microbatch_size` an `equinox.nn.State` in aux must have the keys "
+                "and shapes of one that the loss got. Its floating-point arrays are averaged over the parts, "
+                "its signed integers and booleans move as in one pass, and others are refused: got dtype "
+                f"{x.dtype}."
             )
             raise TypeError(msg)
         dtype = jnp.promote_types(x.dtype, jnp.int32)

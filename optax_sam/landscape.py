@@ -173,7 +173,7 @@ def _evaluate(
 ) -> np.ndarray[Any, Any]:
     """The losses at points given by their coordinates along the directions. shape=(number of points,)."""
     _checks.number("chunk_size", chunk_size, low=1, integer=True)
-    params, batches = _data.prepare(loss_fn, params, batches)
+    params, batches = _data.prepare(loss_fn, params, batches, once=True)
     for i, direction in enumerate(directions):
         _checks.same_shapes(f"direction {i}", direction, params)
     directions = [_tree.cast_like(jax.tree.map(jnp.asarray, d), params) for d in directions]
@@ -486,7 +486,8 @@ def plot_contour(
 
     Raises:
       ImportError: If the extra `sharpness` is not installed.
-      TypeError, ValueError: If `levels` is neither two or more numbers nor the number of levels.
+      TypeError, ValueError: If `levels` is neither two or more numbers nor the number of levels, or no loss
+        on the plane is finite.
 
     Examples:
       >>> import numpy as np, optax_sam
@@ -498,15 +499,19 @@ def plot_contour(
     """
     axes = _axes(axes)
     losses = np.where(np.isfinite(result.losses), result.losses, np.nan)
+    if np.all(np.isnan(losses)):
+        msg = "`result` must hold a finite loss to draw, got a plane without any."
+        raise ValueError(msg)
     if np.ndim(levels) == 0:
         _checks.number("levels", levels, low=2, integer=True)
         levels = int(cast("int", levels))
-        low, high = np.nanmin(losses), np.nanmax(losses)
-        if log and high > 0.0:
-            levels = np.geomspace(max(low, 1e-4 * high), max(high, 1e-30) * (1 + 1e-6), levels)
-        else:
-            # Levels must increase, also if the loss is constant on the plane.
-            levels = np.linspace(low, max(high, low + 1e-6 * max(abs(low), 1.0)), levels)
+        low, high = float(np.nanmin(losses)), float(np.nanmax(losses))
+        is_log = log and high > 0.0
+        if is_log:
+            low, high = max(low, 1e-4 * high), max(high, 1e-30) * (1 + 1e-6)
+        # Levels must increase, also if the loss is constant on the plane.
+        high = max(high, low + 1e-6 * (max(abs(low), abs(high)) or 1.0))
+        levels = np.geomspace(low, high, levels) if is_log else np.linspace(low, high, levels)
     levels = np.asarray(levels)
     if levels.size < 2:
         msg = f"`levels` must be two increasing numbers or more, or how many, got {levels.tolist()}."

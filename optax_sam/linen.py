@@ -156,6 +156,12 @@ def dynamic_scale_value_and_grad(
     )
 
     def value_and_grads(*args: Any, state: Any = None, **kwargs: Any) -> Any:
+        if "loss_scale" in kwargs:
+            msg = (
+                "`loss_scale=` has no place here: the scale is that of `dynamic_scale`. For a fixed scale "
+                "call what `optax_sam.sam_value_and_grad` returns."
+            )
+            raise TypeError(msg)
         output, grads, *metrics = value_and_grad(*args, state=state, loss_scale=dynamic_scale.scale, **kwargs)
         finite = _tree.all_finite(grads)
         # Flax moves the scale by the gradient of a loss; this one has a gradient of 1 or of NaN.

@@ -110,7 +110,10 @@ def trajectory(logits: jax.Array, past_logits: jax.Array, temperature: float = 5
         raise ValueError(msg)
     past = jax.nn.log_softmax(jax.lax.stop_gradient(past_logits) / temperature)
     present = jax.nn.log_softmax(logits / temperature)
-    return temperature**2 * jnp.sum(jnp.exp(past) * (past - present), axis=-1)
+    # A class that is masked by -inf has the share 0, and adds nothing.
+    share = jnp.exp(past)
+    terms = jnp.where(share > 0.0, share * (past - present), 0.0)
+    return temperature**2 * jnp.sum(terms, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_sam import _checks, _value_and_grad
+from optax_sam._gradient import Call
 from optax_sam._loss import MadeBy, SAMGradients
 from optax_sam._state import SAMState
 from optax_sam._types import AuxT, SAMOptions, SAMValueAndGrad
@@ -151,6 +152,8 @@ def sam_value_and_grad(
     evaluate = _value_and_grad.sam_value_and_grad(pure, variant, has_aux=True, **settings)
 
     def value_and_grads(*args: Any, state: Any = None, loss_scale: Any = None, **kwargs: Any) -> Any:
+        if state is not None:
+            _check_keywords(nnx, fun, args, kwargs, state, loss_scale)
         if kwargs:  # As in NNX, those that have a position get it.
             bound = inspect.signature(fun).bind(*args, **kwargs)
             args, kwargs = bound.args, bound.kwargs
@@ -190,6 +193,15 @@ def _refuse_method(nnx: Any, fun: Any) -> None:
             f"`lambda model, *args: model.{fun.__name__}(*args)`."
         )
         raise TypeError(msg)
+
+
+def _check_keywords(
+    nnx: Any, fun: Any, args: tuple[Any, ...], kwargs: dict[str, Any], state: Any, loss_scale: Any
+) -> None:
+    """The check of the core, which sees the loss as a function of trees."""
+    call = Call(args, kwargs, (), True, (), False, loss_scale)
+    opt_state = state.opt_state if isinstance(state, nnx.Optimizer) else state
+    _value_and_grad.check_keywords(fun, call, opt_state)
 
 
 def _refuse_plain_radius(nnx: Any, state: Any) -> None:
@@ -273,7 +285,8 @@ def _pure(
         return node.replace(states=(params, *node.states[1:]))
 
     def pure(*args: Any, nodes: Any) -> Any:
-        kept = {id(x): _Kept(i) for i, x in enumerate(jax.tree.leaves((args, nodes)))}
+        before = jax.tree.leaves((args, nodes))  # Kept alive: the id of a leaf that is gone may come again.
+        kept = {id(x): _Kept(i) for i, x in enumerate(before)}
         trees = list(args)
         for i in _inside(filters, args):
             trees[i] = _map_nodes(nnx, join, nodes[0][i], args[i])

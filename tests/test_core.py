@@ -539,8 +539,14 @@ def test_the_mesh_is_that_of_the_arrays() -> None:
         run = jax.jit(
             optax_sam.sam_value_and_grad(loss, GSAM, batch_argnums=1, num_shards=8, shard_mode=mode)
         )
-        with pytest.raises(ValueError, match=r"spread over 4 devices, and . of its 8 shards run at once"):
+        with pytest.raises(
+            ValueError,
+            match=r"spread over 4 devices, and . of its 8 shards run at once.*'vmap'`, or a divisor of 2 as",
+        ):
             run(put, put_batch, state=GSAM.init(params))
+    run = jax.jit(optax_sam.sam_value_and_grad(loss, GSAM, batch_argnums=1, num_shards=2))
+    with pytest.raises(ValueError, match=r"2 of its 2 shards .*: make `num_shards` a multiple of 4\."):
+        run(put, put_batch, state=GSAM.init(params))
 
 
 # Another loss for the ascent, and a loss in two parts.

@@ -137,6 +137,18 @@ class TestTopEigenpairs:
         with pytest.raises(ValueError, match=r"`k` must be at most 3 here, got 5: .* different eigenvalues"):
             sharpness.top_eigenpairs(loss, jnp.zeros(100), jnp.ones(3), k=5, num_matvecs=40)
 
+    @pytest.mark.parametrize("outlier", [1e5, 1e6])
+    def test_an_outlier_does_not_end_the_search(self, outlier: float) -> None:
+        # All residuals after the first are below the rounding errors of the outlier. The space is healthy.
+        loss = diagonal_loss(np.r_[outlier, np.linspace(1.0, 5.0, 99)])
+        top = sharpness.top_eigenpairs(loss, jnp.zeros(100), jnp.ones(3), k=2, num_matvecs=40)
+        np.testing.assert_allclose(top.values, [outlier, 5.0], rtol=1e-3)
+        assert top.residuals[0] < 1e-6 * outlier
+        assert top.residuals[1] < 0.1
+        np.testing.assert_allclose(top.smallest, 1.0, rtol=0.02)
+        density = sharpness.spectral_density(loss, jnp.zeros(100), jnp.ones(3), num_probes=1, num_matvecs=40)
+        assert len(np.unique(density.nodes)) == 40
+
     def test_flat_everywhere(self) -> None:
         top = sharpness.top_eigenpairs(
             diagonal_loss(np.zeros(50)), jnp.ones(50), jnp.ones(3), k=1, num_matvecs=10
@@ -319,12 +331,16 @@ def test_a_space_that_closes_in_float64_ends_the_search(seed: int) -> None:
             pairs = sharpness.top_eigenpairs(
                 loss, jnp.zeros(150), jnp.ones(3), k=top, num_matvecs=60, key=seed
             )
-            expected = sorted(set(spectrum), reverse=True)[:top]
-            np.testing.assert_allclose(pairs.values, expected, rtol=1e-6, atol=1e-9 * max(spectrum))
+            slack = 1e-9 * max(spectrum)
+            # Where rounding errors go on with an orthonormal basis, more copies of an eigenvalue are found.
+            nearest = spectrum[np.argmin(np.abs(spectrum[:, None] - pairs.values), axis=0)]
+            np.testing.assert_allclose(pairs.values, nearest, rtol=1e-6, atol=slack)
+            assert np.all(pairs.residuals < 1e-6 * max(spectrum))
+            once, all_copies = (np.sort(x)[::-1][:top] for x in (np.unique(spectrum), spectrum))
+            assert np.all((once <= nearest) & (nearest <= all_copies))
             density = sharpness.spectral_density(
                 loss, jnp.zeros(150), jnp.ones(3), num_probes=2, num_matvecs=60, key=seed
             )
-            slack = 1e-9 * max(spectrum)
             assert (
                 min(spectrum) - slack <= density.nodes.min() <= density.nodes.max() <= max(spectrum) + slack
             )

@@ -275,6 +275,40 @@ def test_in_parts_refuses_what_it_cannot_count() -> None:
         value_and_grad(jnp.ones(3), state, X, state=SAM.init(jnp.ones(3)))
 
 
+class Counting(eqx.Module):
+    """A model with a counter of some shape and dtype."""
+
+    w: jax.Array
+    index: eqx.nn.StateIndex
+
+    def __init__(self, shape: Any, dtype: Any = jnp.int32) -> None:
+        self.w, self.index = jnp.ones(3), eqx.nn.StateIndex(jnp.zeros(shape, dtype))
+
+    def __call__(self, x: Any, state: Any, step: int) -> Any:
+        return x @ self.w, state.set(self.index, state.get(self.index) + step)
+
+
+def test_in_parts_several_models_of_one_class() -> None:
+    """Their states have the same keys."""
+
+    def loss(models: Any, states: Any, x: Any) -> Any:
+        outputs = [m(x, s, i + 1) for i, (m, s) in enumerate(zip(models, states, strict=True))]
+        return jnp.mean(sum(y for y, _ in outputs) ** 2), [s for _, s in outputs]
+
+    value_and_grad = optax_sam.equinox.sam_value_and_grad(
+        loss, SAM, has_aux=True, num_shards=2, batch_argnums=2
+    )
+    made = eqx.nn.make_with_state(Counting)
+    models, states = zip(made(()), made(4), made(4), strict=True)
+    states = (*states[:2], states[2].set(models[2].index, jnp.arange(4)))
+    (_, after), _ = value_and_grad(models, states, X, state=SAM.init(params_of(models)))
+    counts = [s.get(m.index).tolist() for m, s in zip(models, after, strict=True)]
+    assert counts == [1, [2] * 4, [3, 4, 5, 6]]
+    models, states = zip(made(4), made(4, jnp.int16), strict=True)
+    with pytest.raises(TypeError, match=r"must have the same dtypes, got .*int32.* and .*int16"):
+        value_and_grad(models, states, X, state=SAM.init(params_of(models)))
+
+
 @pytest.mark.full
 def test_an_ensemble_under_filter_vmap() -> None:
     """Several models at once, each with an optimizer of its own, as if it were alone."""
@@ -430,3 +464,16 @@ def test_habits_that_work() -> None:
     after = eqx.apply_updates(model, updates)
     expected = jax.tree.map(lambda w, g: w - 0.1 * g, params_of(model), grads.perturbed)
     chex.assert_trees_all_close(params_of(after), expected, rtol=1e-6)
+
+
+def test_a_loss_with_its_own_scale_bound() -> None:
+    def scaled(model: Any, x: Any, y: Any, loss_scale: float = 1.0) -> Any:
+        return loss_scale * plain_loss(model, x, y)
+
+    model = mlp()
+    opt_state = SAM.init(params_of(model))
+    with pytest.raises(TypeError, match=r"argument `loss_scale` of its own.*`functools\.partial\(loss, loss"):
+        optax_sam.equinox.sam_value_and_grad(scaled, SAM)(model, X, Y, state=opt_state, loss_scale=4.0)
+    bound = functools.partial(scaled, loss_scale=2.0)
+    value, _ = optax_sam.equinox.sam_value_and_grad(bound, SAM)(model, X, Y, state=opt_state, loss_scale=4.0)
+    np.testing.assert_allclose(value, 2 * plain_loss(model, X, Y), rtol=1e-6)

@@ -177,6 +177,8 @@ def test_dynamic_scale_takes_all_options() -> None:
     )  # fmt: skip
     with pytest.raises(TypeError, match="`state=` is missing"):
         value_and_grad(w, X, b, Y)
+    with pytest.raises(TypeError, match="`loss_scale=` has no place here: the scale is that of `dynamic_sc"):
+        value_and_grad(w, X, b, Y, state=sam.init((w, b)), loss_scale=4.0)
     _, finite, (value, seen), grads, metrics = value_and_grad(w, X, b, Y, state=sam.init((w, b)))
     assert finite
     assert seen == len(X)

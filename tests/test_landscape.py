@@ -111,6 +111,15 @@ class TestSlices:
         assert result.losses[0] == 1.0
         assert np.isinf(result.losses[1])
 
+    @pytest.mark.parametrize("batches", [[100.0, 1.0], [1.0, 100.0], [100.0, 100.0]])
+    def test_batches_that_overflow_give_what_their_union_gives(self, batches: list[float]) -> None:
+        def loss(w: jax.Array, batch: jax.Array) -> jax.Array:
+            return jnp.mean(jnp.exp(w * batch))
+
+        for data in ([jnp.array([x]) for x in batches], jnp.array(batches)):
+            result = landscape.line(loss, jnp.array(0.0), data, jnp.array(1.0), positions=[0.0, 1.0])
+            np.testing.assert_array_equal(result.losses, [1.0, np.inf])
+
     def test_progress(self, capsys: pytest.CaptureFixture[str]) -> None:
         landscape.line(bowl, jnp.zeros(2), [ONES, ONES], jnp.ones(2), positions=X, progress=True)
         assert "2/2" in capsys.readouterr().err
@@ -197,10 +206,15 @@ class TestPictures:
             )
 
     @pytest.mark.parametrize("log", [True, False])
-    @pytest.mark.parametrize("level", tiers.later([0.0, 2.0, -3.0], [0.0]))
+    @pytest.mark.parametrize("level", tiers.later([0.0, 2.0, -3.0, 1e-8], [0.0, 2.0]))
     def test_contours_of_a_plane_that_is_flat(self, level: float, log: bool, tmp_path: Any) -> None:
-        axes = landscape.plot_contour(BOWL._replace(losses=np.full_like(BOWL.losses, level)), log=log)
+        losses = np.full(BOWL.losses.shape, level, np.float32)  # As `plane` returns them.
+        axes = landscape.plot_contour(BOWL._replace(losses=losses), log=log)
         axes.figure.savefig(tmp_path / "plane.png")
+
+    def test_contours_need_a_finite_loss(self) -> None:
+        with pytest.raises(ValueError, match=r"`result` must hold a finite loss to draw"):
+            landscape.plot_contour(BOWL._replace(losses=np.full_like(BOWL.losses, np.inf)))
 
     def test_how_many_contours(self) -> None:
         landscape.plot_contour(BOWL, levels=np.int64(5))

@@ -778,6 +778,18 @@ def test_what_is_refused_in_a_call() -> None:
     with pytest.raises(ValueError, match="Inconsistent aliasing"):  # As by `nnx.value_and_grad`.
         optax_sam.nnx.sam_value_and_grad(lambda a, b: jnp.sum(a(X) * b(X)), SAM)(model, model, state=state)
     optimizer = nnx.Optimizer(model, SAM, wrt=nnx.Param)
+
+    def scaled(model: Any, x: Any, y: Any, loss_scale: float = 1.0) -> Any:
+        return loss_scale * mean_loss(model, x, y)
+
+    def stateful(model: Any, x: Any, y: Any, state: Any) -> Any:
+        return mean_loss(model, x, y) + state
+
+    for own, name in ((scaled, "loss_scale"), (stateful, "state")):
+        with pytest.raises(TypeError, match=f"The loss has an argument `{name}` of its own"):
+            optax_sam.nnx.sam_value_and_grad(own, SAM)(model, X, y=Y, state=optimizer, loss_scale=4.0)
+        bound = functools.partial(own, **{name: 2.0})
+        optax_sam.nnx.sam_value_and_grad(bound, SAM)(model, X, y=Y, state=optimizer, loss_scale=4.0)
     optimizer.opt_state = optax.tree.set(optimizer.opt_state, rho=0.2)
     with pytest.raises(TypeError, match=r"got 0\.2 in its place\. Write `optax\.tree\.get\(optimizer"):
         value_and_grad(model, X, Y, state=optimizer)

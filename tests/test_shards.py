@@ -147,6 +147,22 @@ def test_aux_floats_are_averaged_and_integers_summed(how):
     assert aux["nothing"] is None
 
 
+@pytest.mark.parametrize("mode", ["vmap", "loop", 2])
+def test_sums_of_short_integers_do_not_overflow(mode):
+    """As with `jnp.sum` they have 32 bits or more."""
+    dtypes = {jnp.int8: jnp.int32, jnp.uint8: jnp.uint32, jnp.int16: jnp.int32, jnp.uint32: jnp.uint32}
+
+    def loss(params, batch):
+        return table.loss(params, batch), [jnp.asarray(100, dtype) for dtype in dtypes]
+
+    (_, aux), _ = evaluate(
+        SAM, table.params(), table.batch(8), loss=loss, has_aux=True, batch_argnums=1,
+        num_shards=4, shard_mode=mode,
+    )  # fmt: skip
+    assert [int(x) for x in aux] == [400] * 4
+    assert [x.dtype for x in aux] == [*dtypes.values()]
+
+
 @by_form
 @pytest.mark.parametrize("what", ["flag", "name"])
 def test_other_aux_is_refused(how, what):

@@ -378,6 +378,25 @@ def test_streaming_equals_the_full_batch(measure: Any) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    "measure", [sharpness.gradient_norm, _average, _m_sharpness, _flatness, _hessian_product]
+)
+def test_one_pass_over_a_generator_holds_one_batch(measure: Any) -> None:
+    evaluated: list[int] = []
+
+    def loss(params: Any, batch: Any) -> Any:
+        jax.debug.callback(lambda: evaluated.append(1))
+        return small_loss_fn(params, batch)
+
+    def batches() -> Any:
+        for i, batch in enumerate(SPLIT):
+            jax.effects_barrier()
+            assert len(evaluated) >= i
+            yield batch
+
+    measure(loss, SMALL, batches())
+
+
 def test_streaming_the_fisher_rao_norm() -> None:
     whole = sharpness.fisher_rao_norm(logits_fn, NET, DATA)
     np.testing.assert_allclose(sharpness.fisher_rao_norm(logits_fn, NET, SPLIT), whole, rtol=1e-5)
@@ -570,6 +589,10 @@ class TestBadInput:
             sharpness.fisher_rao_norm(None, NET, DATA)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=r"`logits_fn` must return logits of shape.*got \(24,\)"):
             sharpness.fisher_rao_norm(lambda p, b: logits_fn(p, b)[:, 0], NET, DATA)
+        with pytest.raises(
+            ValueError, match=r"got \(24, 1\)\. For a binary classifier .* append a zero logit"
+        ):
+            sharpness.fisher_rao_norm(lambda p, b: logits_fn(p, b)[:, :1], NET, DATA)
         with pytest.raises(TypeError, match="params must be floating-point, got dtype int32"):
             sharpness.gradient_norm(loss_fn, {"w": jnp.arange(3)}, DATA)
         with pytest.raises(ValueError, match="params must hold at least one array"):

@@ -554,6 +554,9 @@ def test_e14_the_trajectory_loss():
     close(value, 0.0628393542355)
     close(2 * gradient[0], (0.0896262200603, -0.0735678280390, -0.0160583920213))
     assert not np.any(jax.grad(weighed, argnums=1)(z, past))
+    masked = [jnp.append(x, -jnp.inf) for x in (z, past)]
+    close(optax_sam.losses.trajectory(*masked), 0.209464514118)
+    close(2 * jax.grad(weighed)(*masked), (*2 * jax.grad(weighed)(z, past), 0.0))
 
 
 def test_the_objective_of_bisam():

@@ -62,15 +62,18 @@ def progress_bar(progress: bool | None, total: int | None, description: str) -> 
         yield bar.update
 
 
-def as_batches(batches: Any) -> Iterable[Any]:
-    """An iterable of batches that can be iterated more than once. A single batch becomes a list of one."""
+def as_batches(batches: Any, *, once: bool = False) -> Iterable[Any]:
+    """An iterable of batches. A single batch becomes a list of one.
+
+    It can be iterated more than once, for which a generator is kept as a list. With `once` it stays as it is.
+    """
     if isinstance(batches, list):
         return cast("list[Any]", batches)
     is_leaf = jax.tree_util.all_leaves([batches])
     if hasattr(batches, "shape") or not is_leaf:  # An array, or a tuple, dict or dataclass of arrays.
         return [batches]
     if isinstance(batches, Iterator):
-        return list(cast("Iterator[Any]", batches))
+        return cast("Iterator[Any]", batches) if once else list(cast("Iterator[Any]", batches))
     if isinstance(batches, Iterable) and not isinstance(batches, str | bytes):
         return cast("Iterable[Any]", batches)
     msg = (
@@ -93,7 +96,9 @@ def batch_size(batch: Any) -> int:
     return sizes.pop()
 
 
-def prepare(loss_fn: Any, params: Any, batches: Any, *, name: str = "loss_fn") -> tuple[Any, Iterable[Any]]:
+def prepare(
+    loss_fn: Any, params: Any, batches: Any, *, name: str = "loss_fn", once: bool = False
+) -> tuple[Any, Iterable[Any]]:
     """Checks the three arguments that the measures have in common.
 
     Args:
@@ -101,6 +106,7 @@ def prepare(loss_fn: Any, params: Any, batches: Any, *, name: str = "loss_fn") -
       params: The params.
       batches: One batch, or an iterable of batches.
       name: The name of the first argument, for error messages.
+      once: Whether the caller iterates over the batches only once.
 
     Returns:
       The params in float32 or better, the precision in which flatness is measured, and the batches.
@@ -121,7 +127,7 @@ def prepare(loss_fn: Any, params: Any, batches: Any, *, name: str = "loss_fn") -
     if not jax.tree.leaves(params):
         msg = f"params must hold at least one array, got {params!r}."
         raise ValueError(msg)
-    return _tree.upcast(params), as_batches(batches)
+    return _tree.upcast(params), as_batches(batches, once=once)
 
 
 def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
@@ -171,7 +177,8 @@ def finite(what: str, tree: Any) -> None:
 
 @jax.jit
 def _toward(mean: Any, value: Any, share: jax.Array) -> Any:
-    return jax.tree.map(lambda m, v: m + (v - m) * share.astype(m.dtype), mean, value)
+    # Not `m + (v - m) * share`, which is NaN for two infinities.
+    return jax.tree.map(lambda m, v: m * (1 - share).astype(m.dtype) + v * share.astype(m.dtype), mean, value)
 
 
 def mean(
@@ -185,7 +192,7 @@ def mean(
 
     Args:
       function: Maps a batch to a tree of arrays, each a mean over the examples of the batch.
-      batches: The batches. Only one is held at a time.
+      batches: The batches. Only one is held at a time, unless they are a list.
       progress: See `progress_bar`.
       description: See `progress_bar`.
 

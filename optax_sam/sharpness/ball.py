@@ -354,7 +354,7 @@ def average_sharpness(
     """
     _check(rho, 2.0, 1, 0)
     _checks.number("num_samples", num_samples, low=2, integer=True)
-    params, batches = _data.prepare(loss_fn, params, batches)
+    params, batches = _data.prepare(loss_fn, params, batches, once=True)
     sample = functools.partial(_noise_increases, loss_fn, adaptive, num_samples, params, rho)
     clean, increases = _data.mean(
         functools.partial(sample, _checks.key("key", key)), batches, progress=progress
@@ -438,7 +438,7 @@ def m_sharpness(
     _check(rho, ord, steps, restarts)
     _checks.number("m", m, low=1, integer=True)
     _checks.number("chunk_size", chunk_size, low=1, integer=True)
-    params, batches = _data.prepare(loss_fn, params, batches)
+    params, batches = _data.prepare(loss_fn, params, batches, once=True)
     radius = jnp.asarray(rho, jnp.result_type(*jax.tree.leaves(params)))
     starts = _starts(ord, restarts, params, radius, _checks.key("key", key))
     starts = jax.tree.map(lambda *xs: jnp.stack(xs), *starts)

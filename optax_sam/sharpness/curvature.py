@@ -185,7 +185,7 @@ def hessian_vector_product(
     References:
       Pearlmutter, Fast Exact Multiplication by the Hessian, Neural Computation 1994.
     """
-    params, batches = _data.prepare(loss_fn, params, batches)
+    params, batches = _data.prepare(loss_fn, params, batches, once=True)
     _checks.same_shapes("`vector`", vector, params)
     vector = _tree.cast_like(jax.tree.map(jnp.asarray, vector), params)
     product = _data.mean(
@@ -269,14 +269,19 @@ def _flat_matvec(loss_fn: LossFn, params: optax.Params, groups: Any, ticks: bool
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _lanczos(
     loss_fn: LossFn, num_matvecs: int, ticks: bool, params: optax.Params, groups: Any, start: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The basis of the Krylov space of a vector, one basis vector per row, and the matrix in that basis."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The basis of the Krylov space of a vector, one basis vector per row, and the matrix in that basis.
+
+    The third output says for each row how far it is from a unit vector that is orthogonal to those before.
+    """
     # Lanczos with full reorthogonalization is Arnoldi. matfree's `tridiag_sym` also runs Arnoldi, but it
     # averages the matrix with its transpose. That average hides where the Krylov space closes early.
     # `custom_vjp=False`: the result is not differentiated.
     arnoldi = _data.extra("matfree.decomp").hessenberg(num_matvecs, reortho="full", custom_vjp=False)
     basis, matrix, *_ = arnoldi(_flat_matvec(loss_fn, params, groups, ticks), start)
-    return basis, matrix
+    products = jnp.matmul(basis, basis.T, precision=jax.lax.Precision.HIGHEST)
+    overlaps = jnp.max(jnp.abs(jnp.tril(products - jnp.eye(num_matvecs, dtype=basis.dtype))), axis=1)
+    return basis, matrix, overlaps
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -287,23 +292,27 @@ def _dense(loss_fn: LossFn, ticks: bool, params: optax.Params, groups: Any) -> j
     return (matrix + matrix.T) / 2
 
 
-def _closed(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _closed(matrix: np.ndarray[Any, Any], overlaps: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The leading block of the matrix up to where the Krylov space closes, made symmetric.
 
     The space closes early if the start vector lies in the span of a few eigenvectors, as with a Hessian of
-    low rank. A residual (an entry below the diagonal) is then zero up to rounding. All later entries are
-    rounding errors or NaN.
+    low rank. A residual (an entry below the diagonal) is then zero up to rounding, and the next basis vector
+    is a rounding error or NaN. A small residual alone does not say so: where one eigenvalue is far above all
+    others, all residuals are small. The space is cut only where the basis is no longer orthonormal. If it
+    stays so beyond a small residual, later entries are right: they find more copies of an eigenvalue.
     """
+    bad_rows = np.flatnonzero(~(overlaps < 1e-3))  # NaN is bad.
+    size = len(matrix)
     # In float64 the products of a dense matrix leave residuals up to 1e-9 where the exact residual is zero.
     tolerance = 1e-8 if matrix.dtype == np.float64 else 100 * np.finfo(np.float32).eps
     matrix = matrix.astype(np.float64)
-    scale, size = np.abs(matrix[0, 0]), len(matrix)
-    for i in range(1, len(matrix)):
-        residual = np.abs(matrix[i, i - 1])
-        scale = max(scale, residual)
-        if residual <= tolerance * scale:
-            size = i
-            break
+    if len(bad_rows):
+        size = bad_rows[0]
+        residuals = np.abs(np.diagonal(matrix, -1)[:size])  # The last one made the first bad row.
+        before = residuals[: size - 1]
+        scale = np.max(before[np.isfinite(before)], initial=np.abs(matrix[0, 0]))
+        small = np.flatnonzero(~(residuals > tolerance * scale))
+        size = small[0] + 1 if len(small) else size
     return (matrix[:size, :size] + matrix[:size, :size].T) / 2
 
 
@@ -343,7 +352,8 @@ def top_eigenpairs(
       progress: Whether to show a progress bar. None shows one on a terminal if the measure takes long.
 
     Returns:
-      The eigenpairs. The method finds a multiple eigenvalue only once, unless it computes the whole matrix.
+      The eigenpairs. The method may find a multiple eigenvalue only once, unless it computes the whole
+      matrix.
 
     Raises:
       ImportError: If the extra `sharpness` is not installed.
@@ -378,8 +388,8 @@ def top_eigenpairs(
             if count == dimension:
                 basis, matrix = None, np.asarray(_dense(loss_fn, ticks, params, groups))
             else:
-                basis, projected = _lanczos(loss_fn, count, ticks, params, groups, start)
-                matrix = _closed(np.asarray(projected))
+                basis, projected, overlaps = _lanczos(loss_fn, count, ticks, params, groups, start)
+                matrix = _closed(np.asarray(projected), np.asarray(overlaps))
             _data.finite("The second derivatives of the loss", matrix)
             if k > len(matrix):
                 msg = (
@@ -607,8 +617,8 @@ def spectral_density(
         try:
             for i, each in enumerate(keys):
                 probe = jax.random.rademacher(each, flat.shape, flat.dtype)
-                _, projected = _lanczos(loss_fn, count, ticks, params, groups, probe)
-                matrix = _closed(np.asarray(projected))
+                _, projected, overlaps = _lanczos(loss_fn, count, ticks, params, groups, probe)
+                matrix = _closed(np.asarray(projected), np.asarray(overlaps))
                 _data.finite("The second derivatives of the loss", matrix)
                 values, vectors = np.linalg.eigh(matrix)
                 # Nodes beyond a closed Krylov space get mass zero, at the position of the last node.
@@ -694,7 +704,7 @@ def relative_flatness(
       Petzka et al., `Relative Flatness and Generalization <https://arxiv.org/abs/2001.00939>`_, NeurIPS
       2021.
     """
-    params, batches = _data.prepare(loss_fn, params, batches)
+    params, batches = _data.prepare(loss_fn, params, batches, once=True)
     _checks.number("num_samples", num_samples, low=2, integer=True)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     kernels = {

@@ -129,7 +129,7 @@ def gradient_norm(
       >>> print(optax_sam.sharpness.gradient_norm(loss_fn, jnp.zeros(2), batches))
       5.0
     """
-    params, batches = _data.prepare(loss_fn, params, batches)
+    params, batches = _data.prepare(loss_fn, params, batches, once=True)
     evaluate = functools.partial(_value_and_grad, loss_fn, params)
     value, gradient = _data.mean(evaluate, batches, progress=progress)
     _data.finite("The loss and its gradient", (value, gradient))
@@ -182,7 +182,7 @@ def per_example_gradient_norms(
       Array([5., 2.], dtype=float32)
     """
     _checks.number("chunk_size", chunk_size, low=1, integer=True)
-    params, batches = _data.prepare(loss_fn, params, batches)
+    params, batches = _data.prepare(loss_fn, params, batches, once=True)
     parts: list[jax.Array] = []
 
     def keep(batch: Any) -> tuple[()]:
@@ -280,6 +280,12 @@ def _score_squares(
     if jnp.ndim(logits) < 2:
         msg = f"`logits_fn` must return logits of shape (examples, ..., classes), got {jnp.shape(logits)}."
         raise ValueError(msg)
+    if logits.shape[-1] < 2:
+        msg = (
+            f"`logits_fn` must return a logit for each of two classes or more, got {logits.shape}. For a "
+            "binary classifier with one logit append a zero logit, `jnp.concatenate([z, 0 * z], -1)`."
+        )
+        raise ValueError(msg)
     logits, slopes = _tree.upcast((logits, slopes))
     # `slopes` is the derivative of the logits along the params. The derivative of the cross-entropy of a
     # label is then `expected - slopes[label]`. The positions of one example (its axes between the first and
@@ -346,7 +352,7 @@ def fisher_rao_norm(
     """
     if num_samples is not None:
         _checks.number("num_samples", num_samples, low=1, integer=True)
-    params, batches = _data.prepare(logits_fn, params, batches, name="logits_fn")
+    params, batches = _data.prepare(logits_fn, params, batches, name="logits_fn", once=True)
     random_key = _checks.key("key", key)
     count = 0
 
