@@ -143,7 +143,7 @@ class TestTopEigenpairs:
         loss = diagonal_loss(np.r_[outlier, np.linspace(1.0, 5.0, 99)])
         top = sharpness.top_eigenpairs(loss, jnp.zeros(100), jnp.ones(3), k=2, num_matvecs=40)
         np.testing.assert_allclose(top.values, [outlier, 5.0], rtol=1e-3)
-        assert top.residuals[0] < 1e-6 * outlier
+        assert top.residuals[0] < 1e-5 * outlier  # A hundred roundings of float32.
         assert top.residuals[1] < 0.1
         np.testing.assert_allclose(top.smallest, 1.0, rtol=0.02)
         density = sharpness.spectral_density(loss, jnp.zeros(100), jnp.ones(3), num_probes=1, num_matvecs=40)
